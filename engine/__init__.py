@@ -1,0 +1,1 @@
+"""Everything that happens around a model: configuration, data, the loop, checkpoints, evaluation, generation."""

@@ -1,0 +1,212 @@
+"""From a configuration to a model that is ready to train: where weights come from, what is built, how it is filled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.checkpoint import find_latest, load_checkpoint
+from engine.config import Config
+from engine.data.chat import ChatData
+from engine.data.layout import Layout
+from engine.data.rows import Rows
+from engine.data.sample import Dataset
+from engine.data.scienceqa import ScienceQA
+from engine.data.tokenizer import Tokenizer
+from engine.demo.cache import demo_base, demo_data
+from engine.errors import CheckpointError
+from models.adapters.mma import AdapterConfig
+from models.language.llama import LlamaConfig
+from models.placement import fill
+from models.vision.clip import NUM_TAPS, ClipConfig
+from models.vlm import Legacy, VisionLanguageModel, VLMConfig
+from models.weights.clip import VisionSource, find_vision, open_vision
+from models.weights.language import LanguageSource, open_language
+from models.weights.lavin import read_lavin_adapters
+
+BITS = {"4bit": 4, "8bit": 8, "16bit": 16}
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """The base of a run: files of the language model, of the tower, and the tokenizer."""
+
+    language: LanguageSource
+    vision: VisionSource
+    tokenizer: Tokenizer
+
+    @property
+    def files(self) -> list[Path]:
+        """Every weight file, for the identity that checkpoints record."""
+        return [*self.language.files, *self.vision.files]
+
+
+def open_sources(config: Config) -> Sources:
+    """Finds and opens (without reading weights) everything that `config.model` names; the embedded demo's base when it
+    names nothing.
+
+    Raises:
+        CheckpointError: a file is missing or of another kind.
+        DataError: tokenizer and language model do not belong together.
+    """
+    folder, path = base_paths(config)
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"no folder with the language model's weights at {folder}", where="--model.language",
+            do="name the folder that holds params.json or config.json (LaVIN: --llama_model_path and --llm_model)",
+        )  # fmt: skip
+    if path is None:
+        raise CheckpointError(
+            "no CLIP vision tower found", where=f"{folder}, {folder.parent}, ~/.cache/clip and the Hugging Face cache",
+            do="pass --model.vision with OpenAI's ViT-L-14.pt or a Hugging Face folder",
+        )  # fmt: skip
+    language = open_language(folder, config.model.delta, legacy_permutation=config.legacy.vicuna_permutation)
+    tokenizer = Tokenizer(_tokenizer_path(config.model.tokenizer, folder))
+    tokenizer.require_vocab(language.config.vocab_size, str(folder))
+    return Sources(language=language, vision=open_vision(path), tokenizer=tokenizer)
+
+
+def base_paths(config: Config) -> tuple[Path, Path | None]:
+    """The folder of the language model (there or not) and the tower, None where none is found. Without any name both
+    are the embedded demo's."""
+    if not config.model.language:
+        folder = demo_base()
+        return folder, Path(config.model.vision) if config.model.vision else folder / "tower"
+    folder = Path(config.model.language)
+    named = Path(config.model.vision) if config.model.vision else None
+    return folder, named or find_vision(folder) or find_vision(folder.parent)
+
+
+def _tokenizer_path(named: str, folder: Path) -> Path:
+    candidates = [Path(named)] if named else [folder / "tokenizer.model", folder.parent / "tokenizer.model"]
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise CheckpointError(
+        "no tokenizer found", where=", ".join(map(str, candidates)), do="pass tokenizer.model as --model.tokenizer"
+    )
+
+
+def vlm_config(config: Config, language: LlamaConfig, vision: ClipConfig) -> VLMConfig:
+    """The model that this configuration describes."""
+    return VLMConfig(
+        language=language,
+        vision=vision,
+        adapter=AdapterConfig(
+            dim=config.adapter.dim, scale=config.adapter.scale,
+            temperature=config.adapter.temperature, dropout=config.adapter.dropout,
+        ),
+        projector_hidden=config.model.projector_hidden,
+        language_placement=config.adapter.language,
+        vision_placement=config.adapter.vision,
+        train_language=config.train.language,
+        train_vision=config.train.vision,
+        train_projector=config.train.projector,
+        drop_path=config.model.drop_path,
+        gradient_checkpointing=config.gradient_checkpointing,
+        legacy=Legacy(
+            clip_router=config.legacy.clip_router,
+            normal_adapter=config.legacy.normal_adapter,
+            block_routing=config.legacy.block_routing,
+        ),
+    )  # fmt: skip
+
+
+def build_model(
+    config: Config, sources: Sources, *, device: torch.device, dtype: torch.dtype, on_tensor: Callable[[str], None],
+) -> VisionLanguageModel:  # fmt: skip
+    """Builds on the meta device, then fills tensor by tensor: frozen weights from their files, what trains fresh."""
+    with torch.device("meta"):
+        model = VisionLanguageModel(vlm_config(config, sources.language.config, sources.vision.config))
+    layers, head, vision = (BITS[b] for b in (config.bits, config.model.bits_head, config.model.bits_vision))
+
+    def language_bits(name: str) -> int:
+        return head if name == "head.weight" else layers
+
+    model.start_trainable(config.seed, device)
+    fill(
+        model.language, sources.language.stream(), bits=language_bits, device=device, dtype=dtype,
+        source=str(sources.language.files[0].parent), on_tensor=on_tensor,
+    )  # fmt: skip
+    fill(
+        model.vision, sources.vision.stream(), bits=lambda name: vision, device=device, dtype=dtype,
+        source=str(sources.vision.files[0]), on_tensor=on_tensor,
+    )  # fmt: skip
+    return model
+
+
+def layout_of(config: Config, tokenizer: Tokenizer) -> Layout:
+    """How this configuration lays out text."""
+    chat_cut = config.legacy.chat_length and dataset_format(config) == "chat"
+    return Layout(tokenizer, max_seq_len=512 if chat_cut else config.dataset.max_seq_len, image_tokens=NUM_TAPS)
+
+
+def dataset_format(config: Config) -> str:
+    """scienceqa, chat or rows; `auto` goes by what was named."""
+    if config.dataset.format != "auto":
+        return config.dataset.format
+    return "rows" if config.data else "scienceqa"
+
+
+def open_scienceqa(config: Config, tokenizer: Tokenizer, split: str) -> ScienceQA:
+    """A split of ScienceQA, or of the embedded demo when no root is named."""
+    root = config.dataset.root or demo_data()
+    return ScienceQA(
+        root, split, layout_of(config, tokenizer), prompt_format=config.dataset.prompt_format,
+        options=config.dataset.options, use_caption=config.dataset.use_caption, captions=config.dataset.captions,
+    )  # fmt: skip
+
+
+def open_dataset(config: Config, tokenizer: Tokenizer) -> Dataset:
+    """What this run trains on."""
+    kind = dataset_format(config)
+    if kind == "rows":
+        return Rows(config.data, config.image_folder, layout_of(config, tokenizer))
+    if kind == "chat":
+        root = Path(config.dataset.root)
+        return ChatData(root / "all_data.json", root, layout_of(config, tokenizer))
+    return open_scienceqa(config, tokenizer, config.dataset.split)
+
+
+def load_trained(model: VisionLanguageModel, path: Path) -> str:
+    """Puts trained tensors into the model: a run directory, one of its step directories, or LaVIN's adapter file.
+    Returns what was read.
+
+    Raises:
+        CheckpointError: nothing is there, or its tensors are not those that train under this configuration.
+        WeightsError: the same of LaVIN's file.
+    """
+    trainable = model.trainable()
+    if path.is_dir():
+        step = path if path.name.startswith("step-") else best_or_latest(path)
+        if step is None:
+            raise CheckpointError(f"{path} has no checkpoint", do="name a run directory that was trained")
+        tensors, _ = load_checkpoint(step, only=["model"])
+        if tensors.keys() != trainable.keys():
+            missing, extra = sorted(trainable.keys() - tensors.keys()), sorted(tensors.keys() - trainable.keys())
+            raise CheckpointError(
+                f"{step} holds other tensors than this model trains: {len(missing)} missing, {len(extra)} unexpected",
+                where=", ".join([*missing[:3], *extra[:3]]), do="use the configuration of that run (config.yaml)",
+            )  # fmt: skip
+        path = step
+    else:
+        tensors = read_lavin_adapters(path, {name: tuple(p.shape) for name, p in trainable.items()})
+    with torch.no_grad():
+        for name, parameter in trainable.items():
+            if parameter.shape != tensors[name].shape:
+                raise CheckpointError(
+                    f"{name} is {tuple(tensors[name].shape)} in the file, {tuple(parameter.shape)} here", where=str(path)
+                )
+            parameter.copy_(tensors[name])
+    return str(path)
+
+
+def best_or_latest(run: Path) -> Path | None:
+    """The checkpoint with the best validation loss where a run kept one, else its newest whole one."""
+    hint = run / "best"
+    if hint.is_file() and (best := run / hint.read_text(encoding="utf-8").strip()).is_dir():
+        return best
+    return find_latest(run)

@@ -1,0 +1,1 @@
+"""From rows on disk to packs: text, token layout, images, packing, order."""

@@ -1,0 +1,165 @@
+"""What each target of a step weighs, and the tensors of a pack (layout: models/pack.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.data.planning import MODALITY_ROWS, plan_packs, round_up
+from engine.data.sample import IGNORE, Sample
+from models.pack import Pack, Segments
+
+__all__ = [
+    "Reduction",
+    "collate",
+    "filled_tokens",
+    "first_of_micro_batch",
+    "packing_efficiency",
+    "plan_packs",
+    "token_weights",
+]
+
+Reduction = Literal["token", "sample", "micro_batch"]
+
+
+def token_weights(samples: Sequence[Sample], reduction: Reduction, micro_batch: int = 1) -> list[Tensor]:
+    """The share of each token in the loss of a step that consists of `samples` (of all ranks): fp32 [length] each.
+
+    With n targets in a group, each weighs 1 / (groups * n); all weights of the step sum to one. The group is the whole
+    step (`token`), one sample (`sample`), or `micro_batch` samples that follow one another in the step
+    (`micro_batch`: the mean of means of a gradient accumulation, whichever packs the samples are in). Groups without
+    any target do not count.
+    """
+    group = {"token": len(samples), "sample": 1, "micro_batch": micro_batch}[reduction]
+    targets = np.array([len(sample.supervised) for sample in samples])
+    per_group = np.add.reduceat(targets, np.arange(0, len(samples), group))
+    groups = max(1, np.count_nonzero(per_group))
+    weights = []
+    for i, sample in enumerate(samples):
+        share = 1.0 / float(groups * max(1, per_group[i // group]))
+        weights.append((torch.tensor(sample.labels) != IGNORE).float() * share)
+    return weights
+
+
+def first_of_micro_batch(members: Sequence[int], micro_batch: int) -> tuple[list[int], list[int]]:
+    """Who routes whom when the first sample of a micro-batch does (LaVIN's CLIP adapters).
+
+    Args:
+        members: places in the step of a pack's samples.
+    Returns:
+        `routed_by`: for each member the index of its router in members + outside; `outside`: routers elsewhere.
+    """
+    firsts = [place // micro_batch * micro_batch for place in members]
+    outside = sorted(set(firsts) - set(members))
+    index = {place: i for i, place in enumerate([*members, *outside])}
+    return [index[first] for first in firsts], outside
+
+
+def collate(
+    samples: Sequence[Sample], weights: Sequence[Tensor], tiles: Sequence[Tensor | None], *,
+    routed_by: Sequence[int] | None = None, outside: Sequence[Tensor | None] = (), dummy_size: int = 0,
+) -> Pack:  # fmt: skip
+    """One pack of samples, in this order.
+
+    Args:
+        samples: those of the pack.
+        weights: fp32 [length] for each sample (token_weights); read where a token is a target.
+        tiles: fp32 [3, H, W] for each sample, None where it has no image.
+        routed_by: None: each tile routes itself. Else for each sample an index into tiles + outside: the tile there
+            routes this sample's. Where that is None, zeros do. Routers that are no tile of the pack yet are appended,
+            after the samples' tiles; they route themselves and have no image slots.
+        outside: tiles of routers that are not in this pack.
+        dummy_size: H = W of a tile of zeros without image slots that is added where the pack has no tile (0: none is),
+            so that every rank runs the tower and gradients meet.
+    Raises:
+        ValueError: a sample has image slots and no tile or the reverse, or its first token is a target (there is no
+            row that predicts it).
+    """
+    for sample, tile in zip(samples, tiles, strict=True):
+        if bool(sample.image_slots) != (tile is not None):
+            found = f"{len(sample.image_slots)} image slots and {'a' if tile is not None else 'no'} tile"
+            raise ValueError(f"sample {sample.id!r} has {found}: it needs both or neither")
+        if sample.labels[0] != IGNORE:
+            raise ValueError(f"the first token of sample {sample.id!r} is a target, no row predicts it")
+    lengths = np.array([len(sample.input_ids) for sample in samples])
+    starts = MODALITY_ROWS + np.concatenate(([0], np.cumsum(lengths)[:-1]))
+    input_ids = np.zeros(round_up(MODALITY_ROWS + int(lengths.sum())), dtype=np.int64)
+    slots: list[int] = []
+    rows, labels, shares = [], [], []
+    for sample, weight, start in zip(samples, weights, starts.tolist(), strict=True):
+        input_ids[start : start + len(sample.input_ids)] = sample.input_ids
+        slots += [start + slot for slot in sample.image_slots]
+        targets = np.array(sample.supervised, dtype=np.int64)
+        rows.append(start + targets - 1)
+        labels.append(np.array(sample.labels, dtype=np.int64)[targets])
+        shares.append(weight.numpy()[targets])
+    router, stacked = _route(tiles, routed_by, outside, dummy_size)
+    return Pack(
+        input_ids=torch.from_numpy(input_ids),
+        segments=_segments(samples, lengths, len(input_ids)),
+        modality_rows=torch.arange(MODALITY_ROWS),
+        tiles=stacked,
+        tile_router=router,
+        image_slots=torch.tensor(slots, dtype=torch.int64),
+        supervised=_padded(rows, np.int64),
+        labels=_padded(labels, np.int64),
+        weights=_padded(shares, np.float32),
+        num_samples=len(samples),
+    )
+
+
+def filled_tokens(pack: Pack) -> int:
+    """Tokens of a pack (on the CPU) that belong to a sample."""
+    return int(pack.segments.cu_seqlens[MODALITY_ROWS + pack.num_samples]) - MODALITY_ROWS
+
+
+def packing_efficiency(packs: Sequence[Pack]) -> float:
+    """The share of the packs' tokens that belong to a sample."""
+    return sum(map(filled_tokens, packs)) / sum(pack.input_ids.numel() for pack in packs)
+
+
+def _segments(samples: Sequence[Sample], lengths: np.ndarray, total: int) -> Segments:
+    sizes = np.concatenate(([1] * MODALITY_ROWS, lengths, [total - MODALITY_ROWS - lengths.sum()]))
+    first = np.array([0] * MODALITY_ROWS + [1] * len(samples) + [0])  # a modality token has position 0, text follows
+    has_image = [0, 1, *(int(bool(sample.image_slots)) for sample in samples), 0]
+    bounds = np.concatenate(([0], np.cumsum(sizes)))
+    positions = np.arange(total) - np.repeat(bounds[:-1] - first, sizes)
+    return Segments(
+        cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
+        max_seqlen=int(sizes.max()),
+        position_ids=torch.from_numpy(positions.astype(np.int32)),
+        router_row=torch.from_numpy(np.repeat(has_image, sizes).astype(np.int32)),
+    )
+
+
+def _route(
+    tiles: Sequence[Tensor | None], routed_by: Sequence[int] | None, outside: Sequence[Tensor | None], dummy_size: int
+) -> tuple[Tensor, Tensor | None]:
+    """tile_router int64 [N] and tiles fp32 [N, 3, H, W]: the samples' own, then routers, then a dummy if none."""
+    candidates = [*tiles, *outside]
+    shown = [i for i, tile in enumerate(tiles) if tile is not None]
+    stacked = [tile for tile in tiles if tile is not None]
+    router = list(range(len(shown)))
+    if routed_by is not None:
+        at: dict[int | None, int] = {i: n for n, i in enumerate(shown)}
+        for n, i in enumerate(shown):
+            tile = candidates[routed_by[i]]
+            key = routed_by[i] if tile is not None else None  # one tile of zeros serves all
+            if key not in at:
+                at[key] = len(stacked)
+                router.append(len(stacked))
+                stacked.append(torch.zeros_like(stacked[0]) if tile is None else tile)
+            router[n] = at[key]
+    if not stacked and dummy_size:
+        router, stacked = [0], [torch.zeros(3, dummy_size, dummy_size)]
+    return torch.tensor(router, dtype=torch.int64), torch.stack(stacked) if stacked else None
+
+
+def _padded(parts: list[np.ndarray], dtype: type) -> Tensor:
+    """The parts one after another, zeros up to the next multiple."""
+    values = np.concatenate(parts)
+    return torch.from_numpy(np.pad(values, (0, round_up(len(values)) - len(values))).astype(dtype))

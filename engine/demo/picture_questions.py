@@ -1,0 +1,155 @@
+"""Questions that must look at the picture. The answer is drawn before the scene, uniformly among the choices."""
+
+from __future__ import annotations
+
+from random import Random
+
+from engine.demo.draft import Draft, Kind, choose
+from engine.demo.scenes import COLORS, SHAPES, SIDE, Bar, Mark, Scene
+
+NUMBERS = ("one", "two", "three", "four", "five")
+PLACES = {"north": (0, -1), "south": (0, 1), "east": (1, 0), "west": (-1, 0), "center": (0, 0)}
+RELATIONS = {"above": (0, -1), "below": (0, 1), "left of": (-1, 0), "right of": (1, 0)}
+SIGNS = {"lake": ("circle", "blue"), "town": ("square", "red"), "hill": ("triangle", "green")}
+PAPER = ("white", "gray", "sand")
+
+COLOR = Kind(
+    subject="natural science", topic="physics", category="Light", skill="Name the color of an object",
+    grades=(1, 3), lecture="An object has the color of its light.",
+)
+COUNT = Kind(
+    subject="natural science", topic="units and measurement", category="Counting", skill="Count the objects",
+    grades=(1, 4), lecture="Count every object once.",
+)
+SIZE = Kind(
+    subject="natural science", topic="physics", category="Size", skill="Compare the sizes of objects",
+    grades=(2, 6), lecture="Compare how wide they are.",
+)
+MAP = Kind(
+    subject="social science", topic="geography", category="Maps", skill="Read directions on a map",
+    grades=(3, 8), lecture="On a map north is up.",
+)
+CHART = Kind(
+    subject="social science", topic="economics", category="Charts", skill="Read a bar chart",
+    grades=(5, 12), lecture="A taller bar means more.",
+)
+NOUN = Kind(
+    subject="language science", topic="vocabulary", category="Nouns", skill="Name what the picture shows",
+    grades=(1, 5), lecture="A noun names a thing.",
+)
+PREPOSITION = Kind(
+    subject="language science", topic="grammar", category="Prepositions", skill="Complete the sentence",
+    grades=(4, 10), lecture="A preposition tells where.",
+)
+
+
+def _cells(rng: Random, count: int) -> list[tuple[int, int]]:
+    """Centres of `count` different cells of a 3 x 3 grid, each moved by a few pixels."""
+    cells = rng.sample(range(9), count)
+    third = SIDE // 3
+    return [(third * (c % 3) + third // 2 + rng.randint(-3, 3), third * (c // 3) + third // 2 + rng.randint(-3, 3)) for c in cells]
+
+
+def color(rng: Random) -> Draft:
+    choices, answer = choose(rng, list(COLORS), 2, 5)
+    shapes = rng.sample(SHAPES, rng.randint(1, 2))
+    others = [name for name in COLORS if name != choices[answer]]
+    paints = [choices[answer], rng.choice(others)]
+    marks = [
+        Mark(shape, paint, x, y, rng.randint(11, 15))
+        for shape, paint, (x, y) in zip(shapes, paints, _cells(rng, len(shapes)), strict=False)
+    ]
+    rng.shuffle(marks)
+    return Draft(
+        kind=COLOR, question=f"What color is the {shapes[0]}?", choices=choices, answer=answer,
+        solution=f"The {shapes[0]} is {choices[answer]}.", scene=Scene(rng.choice(PAPER), marks=tuple(marks)),
+    )
+
+
+def count(rng: Random) -> Draft:
+    choices, answer = choose(rng, NUMBERS, 2, 5)
+    number = NUMBERS.index(choices[answer]) + 1
+    shape, paint, radius = rng.choice(SHAPES), rng.choice(list(COLORS)), rng.randint(10, 14)
+    marks = tuple(Mark(shape, paint, x, y, radius) for x, y in _cells(rng, number))
+    return Draft(
+        kind=COUNT, question="How many shapes are there?", choices=choices, answer=answer,
+        solution=f"The number is {choices[answer]}.", scene=Scene(rng.choice(PAPER), marks=marks),
+    )
+
+
+def size(rng: Random) -> Draft:
+    choices, answer = choose(rng, SHAPES, 2, 2)
+    larger = rng.random() < 0.5
+    paints = rng.sample(list(COLORS), 2)
+    marks = []
+    for place, (x, y) in enumerate(_cells(rng, 2)):
+        big = (place == answer) == larger
+        x, y = (min(max(v, 20), SIDE - 20) for v in (x, y))
+        marks.append(Mark(choices[place], paints[place], x, y, rng.randint(16, 19) if big else rng.randint(7, 9)))
+    word = "larger" if larger else "smaller"
+    return Draft(
+        kind=SIZE, question=f"Which shape is {word}?", choices=choices, answer=answer,
+        solution=f"The {choices[answer]} is {word}.", scene=Scene(rng.choice(PAPER), marks=tuple(marks)),
+    )
+
+
+def place(rng: Random) -> Draft:
+    choices, answer = choose(rng, list(PLACES), 2, 5)
+    name = rng.choice(list(SIGNS))
+    shape, paint = SIGNS[name]
+    dx, dy = PLACES[choices[answer]]
+    x, y = (SIDE // 2 + 32 * d + rng.randint(-6, 6) for d in (dx, dy))
+    return Draft(
+        kind=MAP, question=f"Where is the {name} on the map?", choices=choices, answer=answer,
+        solution=f"The {name} is in the {choices[answer]}.",
+        scene=Scene("land", marks=(Mark(shape, paint, x, y, rng.randint(9, 14)),)),
+    )
+
+
+def chart(rng: Random) -> Draft:
+    number = rng.randint(2, 5)
+    paints = rng.sample(list(COLORS), number)
+    answer = rng.randrange(number)
+    most = rng.random() < 0.5
+    extreme = rng.randint(66, 78) if most else rng.randint(8, 14)
+    bars = [Bar(p, extreme if k == answer else rng.randint(24, 52)) for k, p in enumerate(paints)]
+    word = "tallest" if most else "shortest"
+    chosen = paints[answer]
+    rng.shuffle(bars)
+    return Draft(
+        kind=CHART, question=f"Which bar is the {word}?", choices=tuple(paints), answer=answer,
+        solution=f"The {chosen} bar is the {word}.", scene=Scene(rng.choice(PAPER), bars=tuple(bars)),
+    )
+
+
+def noun(rng: Random) -> Draft:
+    choices, answer = choose(rng, SHAPES, 2, 5)
+    x, y = _cells(rng, 1)[0]
+    mark = Mark(choices[answer], rng.choice(list(COLORS)), x, y, rng.randint(10, 15))
+    return Draft(
+        kind=NOUN, question="Which word names the shape?", choices=choices, answer=answer,
+        solution=f"The shape is a {choices[answer]}.", scene=Scene(rng.choice(PAPER), marks=(mark,)),
+    )
+
+
+def preposition(rng: Random) -> Draft:
+    choices, answer = choose(rng, list(RELATIONS), 2, 4)
+    shapes = rng.sample(SHAPES, 2)
+    paints = rng.sample(list(COLORS), 2)
+    dx, dy = RELATIONS[choices[answer]]
+    half = rng.randint(16, 26)
+    x, y = (rng.randint(46, 50) if d else rng.randint(28, SIDE - 28) for d in (dx, dy))
+    marks = []
+    for shape, paint, side in zip(shapes, paints, (1, -1), strict=True):
+        slack = rng.randint(-3, 3)
+        mx = x + side * dx * half + (0 if dx else slack)
+        my = y + side * dy * half + (0 if dy else slack)
+        marks.append(Mark(shape, paint, mx, my, rng.randint(11, 14)))
+    return Draft(
+        kind=PREPOSITION, question=f"The {shapes[0]} is ___ the {shapes[1]}.", choices=choices, answer=answer,
+        solution=f"The {shapes[0]} is {choices[answer]} the {shapes[1]}.",
+        scene=Scene(rng.choice(PAPER), marks=tuple(marks)),
+    )
+
+
+PICTURE_QUESTIONS = (color, count, size, place, chart, noun, preposition)

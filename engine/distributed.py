@@ -1,0 +1,65 @@
+"""The ranks that torchrun started: who am I, wrap the model, agree with the others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This process among `world` equal ones."""
+
+    rank: int
+    local_rank: int
+    world: int
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """DDP when there are several ranks. Every rank's last pack of a step touches every parameter (the loader adds
+        a dummy tile where no image is), so nothing has to be searched for."""
+        if self.world == 1:
+            return model
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of a tensor over ranks, on every rank (in place)."""
+        if self.world > 1:
+            dist.all_reduce(value)
+        return value
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether the flag is set on at least one rank: the same answer everywhere."""
+        if self.world == 1:
+            return flag
+        return bool(self.sum(torch.tensor(float(flag), device=device)).item() > 0)
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+
+@contextmanager
+def ranks(device_type: str) -> Iterator[Ranks]:
+    """Joins the process group that torchrun's environment describes; leaves it at the end."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    me = Ranks(rank=int(os.environ.get("RANK", "0")), local_rank=int(os.environ.get("LOCAL_RANK", "0")), world=world)
+    if world > 1:
+        backend = "nccl" if device_type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    try:
+        yield me
+    finally:
+        if world > 1:
+            dist.destroy_process_group()

@@ -1,0 +1,115 @@
+"""Command lines -> configurations.
+
+A flag's canonical name is its path in the tree of engine/config.py: --optim.lr 1e-4 (hyphens and underscores are the
+same; a switch may be --plan, --no-plan or --plan=True). --recipe FILE is read first and the other flags override it.
+Flags of another project are translated by its dialect (engine/dialects/), which is recognised by its model flag and may
+be mixed with canonical flags. The last of two flags for the same thing counts.
+
+OmegaConf converts and checks the values, by the same rules as those of a recipe; tyro prints --help from the same tree.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Collection, Sequence
+from typing import Any, TypeVar
+
+import tyro
+from omegaconf import OmegaConf
+from omegaconf.errors import ValidationError
+
+from engine.checks import effectless, validate
+from engine.command_line import Flag, split
+from engine.config import ChatConfig, Config, EvalConfig, leaves
+from engine.config_file import from_yaml, refuse_interpolation
+from engine.dialects import lavin
+from engine.errors import UsageError
+from engine.suggest import did_you_mean
+
+Tree = TypeVar("Tree", Config, EvalConfig, ChatConfig)
+
+
+def parse_train(argv: Sequence[str]) -> tuple[Config, list[str]]:
+    """The checked configuration of train.py, and what to warn about.
+
+    Raises:
+        UsageError: a flag, a value, the recipe or the combination is wrong.
+        SystemExit: --help was asked for and printed.
+    """
+    _help(argv, Config, "train.py", "Fine-tune a vision-language model. Without flags it trains the embedded demo.")
+    flags = split(argv)
+    recipe = next((flag.value for flag in reversed(flags) if flag.name == "recipe"), "")
+    base = from_yaml(recipe) if recipe else Config()
+    if any(flag.name == "data" for flag in flags):  # own rows take the place of the recipe's data set
+        base.dataset.root, base.dataset.format = "", "auto"
+    notes: list[str] = []
+    spoken = lavin.speaks_train(flags)
+    if spoken:
+        flags, notes = lavin.train(flags, base if recipe else None)
+    config = validate(_override(base, flags, lavin.TRAIN, spoken=spoken))
+    return config, [*notes, *effectless(config)]
+
+
+def parse_eval(argv: Sequence[str]) -> tuple[EvalConfig, list[str]]:
+    """The checked configuration of eval.py, and what to warn about. Raises as parse_train does."""
+    _help(argv, EvalConfig, "eval.py", "Evaluate a run, or an adapter file on its base weights.")
+    flags = split(argv)
+    notes: list[str] = []
+    spoken = lavin.speaks_eval(flags)
+    if spoken:
+        flags, notes = lavin.evaluate(flags)
+    config = validate(_override(EvalConfig(), flags, lavin.EVAL, spoken=spoken))
+    return config, [*notes, *effectless(config)]
+
+
+def parse_chat(argv: Sequence[str]) -> ChatConfig:
+    """The checked configuration of chat.py. Raises as parse_train does."""
+    _help(argv, ChatConfig, "chat.py", "Talk to a trained run.")
+    return validate(_override(ChatConfig(), split(argv), (), spoken=False))
+
+
+def _help(argv: Sequence[str], tree: type[Tree], program: str, description: str) -> None:
+    if "-h" in argv or "--help" in argv:  # tyro prints it and raises SystemExit(0)
+        tyro.cli(tree, prog=program, description=description, args=["--help"], use_underscores=True)
+
+
+def _override(base: Tree, flags: Sequence[Flag], foreign: Collection[str], *, spoken: bool) -> Tree:
+    """`base` with these flags set. `foreign`: a dialect's flags, for hints; `spoken`: whether it was recognised."""
+    known = leaves(type(base))
+    tree = OmegaConf.structured(base)
+    for flag in flags:
+        group, dot, last = flag.name.rpartition(".")
+        negated = group + dot + last.removeprefix("no_")
+        if flag.name in known:
+            path, value = flag.name, _value(flag, known[flag.name])
+        elif known.get(negated) is bool:
+            path, value = negated, not flag.on
+        else:
+            raise _unknown(flag, known, foreign, spoken=spoken)
+        refuse_interpolation(value, flag.typed, path)
+        try:
+            OmegaConf.update(tree, path, value)
+        except ValidationError as error:
+            reason = str(error).splitlines()[0]
+            raise UsageError(f"{flag.typed} is {value!r}", where=flag.typed, why=reason) from error
+    return typing.cast(Tree, OmegaConf.to_object(tree))
+
+
+def _value(flag: Flag, kind: Any) -> str | bool | None:
+    """A flag's value, still as text unless it is a switch or None."""
+    if kind is bool:
+        return flag.on
+    optional = type(None) in typing.get_args(kind)
+    return None if optional and flag.value == "None" else flag.value
+
+
+def _unknown(flag: Flag, known: Collection[str], foreign: Collection[str], *, spoken: bool) -> UsageError:
+    candidates = [*known, *foreign] if spoken else known
+    return UsageError(
+        f"unknown flag {flag.typed}",
+        where="command line",
+        why="LaVIN's flags are read beside its model flags (--llama_model_path, --llm_model; eval.py: --ckpt_dir)"
+        if flag.name in foreign
+        else "",
+        do=did_you_mean(flag.name, candidates, prefix="--") or "--help lists the flags",
+    )

@@ -1,0 +1,103 @@
+"""Writing answers: the prompts are prefilled as one pack, then each step decodes one token a sequence.
+
+Positions go on where the prompt ended (the modality token has position 0, so text token j has j + 1). LaVIN's own
+decoder restarts them one too low from the shortest prompt of the batch on; `legacy_positions` reproduces that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from engine.data.packing import collate
+from engine.data.sample import Sample
+from models.cache import KVCache
+from models.pack import Pack
+from models.vlm import VisionLanguageModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen: temperature 0 takes the likeliest, else nucleus sampling."""
+
+    max_new_tokens: int = 64
+    temperature: float = 0.1
+    top_p: float = 0.75
+    seed: int = 1
+    legacy_positions: bool = False
+
+
+@torch.no_grad()
+def generate(
+    model: VisionLanguageModel, prompts: Sequence[Sample], tiles: Sequence[Tensor | None], *,
+    sampling: Sampling, eos_id: int, device: torch.device,
+) -> list[list[int]]:  # fmt: skip
+    """Token ids that follow each prompt, without the end-of-sequence token.
+
+    `prompts` are laid out as in training (no modality token); `tiles` holds each prompt's image fp32 [3, H, W] or None.
+    """
+    pack = collate(prompts, [torch.zeros(len(p.input_ids)) for p in prompts], tiles).to(device)
+    lengths = [len(p.input_ids) for p in prompts]
+    offset = 0
+    if sampling.legacy_positions:
+        pack, offset = _legacy_positions(pack, lengths), -1
+    cache = _cache(model, pack, lengths, sampling.max_new_tokens, device)
+    ends = pack.segments.cu_seqlens[3 : 3 + len(prompts)].long() - 1  # after the two modality segments
+    hidden = model.hidden(pack, cache=cache).index_select(0, ends)
+    cache.decoding = True
+
+    generator = torch.Generator(device=device).manual_seed(sampling.seed)
+    router_row = torch.tensor([int(t is not None) for t in tiles], dtype=torch.int32, device=device)
+    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    written: list[Tensor] = []
+    for _ in range(sampling.max_new_tokens):
+        tokens = _choose(model.logits(hidden), sampling, generator)  # [B]
+        tokens = torch.where(done, eos_id, tokens)
+        done |= tokens == eos_id
+        if bool(done.all()):
+            break
+        written.append(tokens)
+        hidden = model.decode(tokens, (cache.lengths + 1 + offset).int(), router_row, cache)
+    columns = torch.stack(written, dim=1).tolist() if written else [[] for _ in prompts]
+    return [row[: row.index(eos_id)] if eos_id in row else row for row in columns]
+
+
+def _cache(
+    model: VisionLanguageModel, pack: Pack, lengths: list[int], max_new_tokens: int, device: torch.device
+) -> KVCache:
+    batch_size, max_length = len(lengths), max(lengths) + max_new_tokens
+    trash = batch_size * max_length
+    slots = torch.full((pack.input_ids.numel(),), trash, dtype=torch.int64)
+    start = 2  # the two modality rows
+    for b, length in enumerate(lengths):
+        slots[start : start + length] = b * max_length + torch.arange(length)
+        start += length
+    return KVCache(
+        num_layers=model.config.language.num_layers, batch_size=batch_size, max_length=max_length,
+        slots=slots.to(device), lengths=torch.tensor(lengths, device=device),
+    )  # fmt: skip
+
+
+def _legacy_positions(pack: Pack, lengths: list[int]) -> Pack:
+    """Text token j has position j + 1 up to the shortest prompt of the batch, and j from there on."""
+    positions = pack.segments.position_ids.clone()
+    shortest, start = min(lengths), 2
+    for length in lengths:
+        positions[start + shortest : start + length] -= 1
+        start += length
+    return replace(pack, segments=replace(pack.segments, position_ids=positions))
+
+
+def _choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """logits fp32 [B, V] -> token ids [B]."""
+    if sampling.temperature <= 0:
+        return logits.argmax(dim=-1)
+    probabilities = torch.softmax(logits / sampling.temperature, dim=-1)
+    ordered, ids = probabilities.sort(dim=-1, descending=True)
+    before = ordered.cumsum(dim=-1) - ordered
+    ordered = ordered.masked_fill(before > sampling.top_p, 0.0)
+    picked = torch.multinomial(ordered, 1, generator=generator)
+    return ids.gather(-1, picked)[:, 0]

@@ -1,0 +1,60 @@
+"""A trained model, opened to be used: its base as the run's configuration says, with what the run trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.build import build_model, layout_of, load_trained, open_sources
+from engine.config import Config, Runtime
+from engine.config_file import from_yaml
+from engine.data.images import TileReader
+from engine.data.layout import Layout
+from engine.data.tokenizer import Tokenizer
+from engine.errors import UsageError
+from engine.precision import choose_device, choose_dtype
+from kernels.dispatch import set_backend
+from models.vlm import VisionLanguageModel
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """The model in evaluation mode, and what it takes to feed it."""
+
+    config: Config
+    model: VisionLanguageModel
+    tokenizer: Tokenizer
+    layout: Layout
+    reader: TileReader
+    device: torch.device
+    weights: str  # where the trained tensors were read from
+
+
+def run_config(run: str, runtime: Runtime) -> Config:
+    """The configuration that a run directory was trained with, on this command's machine settings.
+
+    Raises:
+        UsageError: it is no run directory.
+    """
+    path = Path(run) / "config.yaml"
+    if not path.is_file():
+        raise UsageError(f"{run} is no run directory", where="--run", why=f"{path} is not there")
+    config = from_yaml(path)
+    config.runtime = runtime
+    return config
+
+
+def open_trained(config: Config, weights: Path) -> Trained:
+    """Builds the base of `config` and puts the tensors of `weights` into it: a run, a step of one, or LaVIN's file."""
+    set_backend(config.runtime.kernels)
+    device = choose_device(config.runtime.device, 0)
+    full = "full" in (config.train.language, config.train.vision)
+    dtype, _ = choose_dtype(config.runtime.precision, device, full_training=full)
+    sources = open_sources(config)
+    model = build_model(config, sources, device=device, dtype=dtype, on_tensor=lambda name: None)
+    read = load_trained(model, weights)
+    model.eval()
+    reader = TileReader(sources.vision.config.image_size)
+    return Trained(config, model, sources.tokenizer, layout_of(config, sources.tokenizer), reader, device, read)

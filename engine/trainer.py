@@ -1,0 +1,170 @@
+"""The loop: steps, log lines, validation, checkpoints, a graceful stop. What a run is made of is in engine/run.py."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.checkpoint import save_checkpoint
+from engine.config import Config
+from engine.data.loader import StepLoader
+from engine.data.packing import filled_tokens
+from engine.distributed import Ranks
+from engine.errors import Stopped
+from engine.metrics import Ema, Metrics
+from engine.optim import Optimizer
+from engine.progress import Progress
+from engine.rundir import RunDir
+from engine.scaler import LossScaler
+from engine.schedule import CosineSchedule
+from engine.signals import StopSignals
+from engine.step import StepResult, train_step
+from models.pack import Pack
+from models.vlm import VisionLanguageModel
+
+
+@dataclass
+class Counters:
+    """What a run has done so far; part of its checkpoints."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    packed_tokens: int = 0  # with the filling of packs
+    seconds: float = 0.0  # spent in steps
+    best_step: int = -1
+    best_loss: float = float("inf")
+
+
+@dataclass
+class Trainer:
+    """Everything a training run holds. `train` runs from `counters.step` to `total_steps`."""
+
+    config: Config
+    model: VisionLanguageModel
+    wrapped: nn.Module  # the model, or DDP around it
+    loader: StepLoader
+    optimizer: Optimizer
+    schedule: CosineSchedule
+    scaler: LossScaler
+    rundir: RunDir
+    metrics: Metrics | None  # on the main rank
+    ranks: Ranks
+    device: torch.device
+    steps_per_epoch: int
+    validate: Callable[[], float] | None  # the validation loss, the same on every rank
+    on_epoch_end: Callable[[int], None]  # called with the epoch's number, on the main rank
+    state_extras: dict[str, Any]  # what a checkpoint records besides: identity of the base, choices made
+    counters: Counters = field(default_factory=Counters)
+    loss_ema: Ema = field(default_factory=Ema)
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps_per_epoch * self.config.optim.epochs
+
+    def train(self, progress: Progress, stop: StopSignals) -> None:
+        """Trains to the end.
+
+        Raises:
+            Stopped: a signal asked for it; a checkpoint of this very step is written.
+            NotFinite: see `train_step`; nothing that was saved is touched.
+        """
+        every, save_every = self.config.log.every, self.config.log.save_every or self.steps_per_epoch
+        saved = self.counters.step
+        first = self.counters.step
+        for step, packs in enumerate(self.loader.steps(first, self.total_steps), start=first):
+            fields = self._step(step, packs)
+            done = step + 1
+            progress.update(done, **fields | {"loss": fields["loss_ema"]})
+            if self._due(done, every) or done in (1, self.total_steps):
+                self._log(done, fields)
+            if self.validate is not None and (self._due(done, self.config.eval_every) or done == self.total_steps):
+                self._validate(done, progress)
+            if done % self.steps_per_epoch == 0 and self.ranks.is_main:
+                self.on_epoch_end(done // self.steps_per_epoch - 1)
+            stopping = self.ranks.any(stop.stop_requested(), self.device)
+            if self._due(done, save_every) or stopping or done == self.total_steps:
+                self.save()
+                saved = done
+            if stopping and done < self.total_steps:
+                raise Stopped(
+                    f"stopped on request at step {saved} of {self.total_steps}", where=str(self.rundir.path),
+                    do="type the same command with --resume auto",
+                )  # fmt: skip
+
+    @staticmethod
+    def _due(done: int, every: int) -> bool:
+        return every > 0 and done % every == 0
+
+    def _step(self, step: int, packs: list[Pack]) -> dict[str, float]:
+        start = time.perf_counter()
+        lr = self.schedule(step)
+        result = train_step(
+            self.wrapped, packs, self.optimizer, self.scaler, self.ranks,
+            step=step, seed=self.config.seed, lr=lr, clip_grad=self.config.optim.clip_grad, device=self.device,
+        )  # fmt: skip
+        counts = torch.tensor(
+            [sum(filled_tokens(p) for p in packs), sum(p.input_ids.numel() for p in packs)],
+            dtype=torch.float64, device="cpu" if self.device.type == "cpu" else self.device,
+        )  # fmt: skip
+        tokens, packed = self.ranks.sum(counts).tolist()
+        self.counters.tokens += int(tokens)
+        self.counters.packed_tokens += int(packed)
+        self.counters.samples += self.config.optim.samples_per_step(self.ranks.world)
+        self.counters.seconds += time.perf_counter() - start
+        self.counters.step = step + 1
+        return self._fields(result, lr)
+
+    def _fields(self, result: StepResult, lr: float) -> dict[str, float]:
+        c = self.counters
+        return {
+            "epoch": c.step / self.steps_per_epoch, "samples": c.samples, "tokens": c.tokens,
+            "loss": result.loss, "loss_ema": self.loss_ema.update(result.loss), "lr": lr,
+            "grad_norm": result.grad_norm, "loss_scale": self.scaler.scale,
+            "tok_s": c.tokens / c.seconds, "samples_s": c.samples / c.seconds, "packing": c.tokens / c.packed_tokens,
+        }  # fmt: skip
+
+    def _log(self, step: int, fields: Mapping[str, float]) -> None:
+        if self.metrics is not None:
+            self.metrics.write(step, **fields)
+
+    def _validate(self, step: int, progress: Progress) -> None:
+        assert self.validate is not None
+        loss = self.validate()
+        self._log(step, {"eval_loss": loss})
+        is_best = loss < self.counters.best_loss
+        if is_best:
+            self.counters.best_loss, self.counters.best_step = loss, step
+            self.save()
+        progress.note(f"step {step}: validation loss {loss:.4f}{' (best so far)' if is_best else ''}")
+
+    def save(self) -> None:
+        """Writes a checkpoint of this step (main rank; the others wait)."""
+        if self.ranks.is_main:
+            tensors: dict[str, Tensor] = {n: p.detach() for n, p in self.model.trainable().items()}
+            tensors |= self.optimizer.state_tensors()
+            state = {
+                "counters": asdict(self.counters),
+                "loss_ema": self.loss_ema.state(),
+                "scaler": self.scaler.state(),
+                "seed": self.config.seed,
+                **self.state_extras,
+            }
+            best = self.counters.best_step if self.counters.best_step >= 0 else None
+            save_checkpoint(self.rundir.path, self.counters.step, tensors, state, keep=self.config.log.keep, best=best)
+        self.ranks.barrier()
+
+    def load(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Puts a checkpoint's tensors and counters back."""
+        with torch.no_grad():
+            for name, parameter in self.model.trainable().items():
+                parameter.copy_(tensors[name])
+        self.optimizer.load_state_tensors(tensors)
+        self.scaler.load(state["scaler"])
+        self.loss_ema.load(state["loss_ema"])
+        self.counters = Counters(**state["counters"])

@@ -1,0 +1,252 @@
+"""NF4 storage with double quantisation, in bitsandbytes' format (QLoRA, arXiv 2305.14314).
+
+The flattened weight is cut into blocks of 64 (blocks cross rows, the last may be short). A block keeps its largest
+magnitude `absmax` and, for each value, the index of the nearest of 16 levels:
+
+    code  = #{j : bound_j < w / absmax}         bound_j = midpoint of levels j and j+1            4 bits a weight
+    w'    = level[code] * absmax                                                                  fp32, then cast
+
+absmax is itself stored in 8 bits, in blocks of 256, around its mean over the tensor:
+
+    absmax_code = map8((absmax - offset) / absmax2)      map8: bitsandbytes' signed dynamic map, 256 values
+    absmax'     = map8[absmax_code] * absmax2 + offset
+
+0.5 + 1/64 + 4/(64*256) = 0.5159 bytes a weight. Two nibbles share a byte, the first weight in the high one.
+
+Quantizing is one torch rule for every device and equals bitsandbytes' CPU result bit for bit on finite weights; its
+odd steps (a reciprocal in full blocks, a division in the short one; a 65,536-entry table in place of a search for the
+absmax codes) are bitsandbytes' own and are kept for that reason. The mean runs on the CPU whatever the device; as in
+bitsandbytes its last bit follows torch's summation order, so it may depend on torch's thread count.
+
+Working memory: both directions go through the tensor in chunks and hold about 16 bytes for each weight of a chunk
+(4 MiB on the CPU, 64 MiB on a GPU) and 8 for each block besides input and output.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.dispatch import choose, record
+
+BLOCK = 64  # weights that share one absmax
+BLOCK2 = 256  # absmax values that share one absmax2
+CHUNK_CPU = 1 << 18  # weights handled at a time, a multiple of BLOCK: as many as fit a core's cache,
+CHUNK_GPU = 1 << 22  # or as many as hide the launches
+SMALLEST_ABSMAX = 1e-38  # below it a reciprocal overflows fp32
+
+LEVELS = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NF4Tensor:
+    """A weight in 4 bits. All tensors lie on one device; `dtype` is what `dequantize_nf4` returns by default."""
+
+    codes: Tensor  # uint8 [ceil(n / 2)], two weights a byte, the first in the high nibble
+    absmax_codes: Tensor  # uint8 [blocks], blocks = ceil(n / 64)
+    absmax2: Tensor  # fp32 [ceil(blocks / 256)]
+    offset: Tensor  # fp32 [], mean of absmax
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the four tensors."""
+        return self.codes.nbytes + self.absmax_codes.nbytes + self.absmax2.nbytes + self.offset.nbytes
+
+    def to(self, device: torch.device | str) -> NF4Tensor:
+        return replace(
+            self,
+            codes=self.codes.to(device),
+            absmax_codes=self.absmax_codes.to(device),
+            absmax2=self.absmax2.to(device),
+            offset=self.offset.to(device),
+        )
+
+
+@torch.no_grad()
+def quantize_nf4(weight: Tensor, name: str = "") -> NF4Tensor:
+    """Quantize `weight` [N, K] (fp32, fp16 or bf16, finite, any strides) on its device.
+
+    Raises ValueError for another dtype or rank, for an empty weight, and for the first non-finite value, which it
+    reports by `name` and index.
+    """
+    label = name or "weight"
+    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"{label}: NF4 takes fp32, fp16 or bf16 weights, got {weight.dtype}")
+    if weight.ndim != 2 or weight.numel() == 0:
+        raise ValueError(f"{label}: NF4 takes a non-empty matrix [N, K], got shape {tuple(weight.shape)}")
+    flat = weight.reshape(-1)
+    size = _chunk(flat.device)
+    parts = [_quantize_chunk(flat, start, size, weight.shape[1], label) for start in range(0, flat.numel(), size)]
+    codes = torch.cat([codes for codes, _ in parts])
+    absmax = torch.cat([absmax for _, absmax in parts]).cpu()
+    offset = absmax.mean()
+    absmax_codes, absmax2 = _quantize_absmax(absmax - offset)
+    return NF4Tensor(
+        codes=codes,
+        absmax_codes=absmax_codes.to(weight.device),
+        absmax2=absmax2.to(weight.device),
+        offset=offset.to(weight.device),
+        shape=(weight.shape[0], weight.shape[1]),
+        dtype=weight.dtype,
+    )
+
+
+@torch.no_grad()
+def dequantize_nf4(q: NF4Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The weight [N, K] that `q` stores, in `dtype` (default: the dtype it was quantized from)."""
+    dtype = dtype or q.dtype
+    if _backend(q.codes) == "cuda":
+        return _dequantize_bitsandbytes(q, dtype)
+    return dequantize_nf4_reference(q, dtype)
+
+
+def dequantize_nf4_reference(q: NF4Tensor, dtype: torch.dtype) -> Tensor:
+    n = q.shape[0] * q.shape[1]
+    scale = q.absmax2.repeat_interleave(BLOCK2)[: q.absmax_codes.numel()]
+    absmax = dynamic_map(q.device).index_select(0, q.absmax_codes.int()).mul_(scale).add_(q.offset)
+    pairs = _level_pairs(q.device)
+    out = torch.empty(n, dtype=dtype, device=q.device)
+    size = _chunk(q.device)
+    for start in range(0, n, size):
+        stop = min(start + size, n)
+        full, block = (stop - start) // BLOCK * BLOCK, start // BLOCK
+        levels = pairs.index_select(0, q.codes[start // 2 : (stop + 1) // 2].int()).view(-1)[: stop - start]
+        levels[:full].view(-1, BLOCK).mul_(absmax[block : block + full // BLOCK, None])
+        levels[full:].mul_(absmax[-1])
+        out[start:stop] = levels
+    return out.view(q.shape)
+
+
+def _backend(codes: Tensor) -> str:
+    """Who dequantizes: bitsandbytes' CUDA kernels ("cuda") where they are installed, or torch's rule ("reference")."""
+    if not codes.is_cuda:
+        record("dequantize_nf4", "reference", "CPU tensor")
+        return "reference"
+    return choose("dequantize_nf4", codes, ("cuda", "reference") if _bitsandbytes_has_cuda() else ("reference",))
+
+
+@cache
+def _bitsandbytes_has_cuda() -> bool:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return False
+    from bitsandbytes.cextension import lib
+
+    return bool(lib.compiled_with_cuda)
+
+
+def _dequantize_bitsandbytes(q: NF4Tensor, dtype: torch.dtype) -> Tensor:
+    from bitsandbytes import functional
+
+    out = torch.empty(q.shape, dtype=dtype, device=q.device)
+    absmax = functional.dequantize_blockwise(
+        q.absmax_codes, absmax=q.absmax2, code=dynamic_map(q.device), blocksize=BLOCK2
+    ).add_(q.offset)
+    functional.dequantize_4bit(q.codes[:, None], absmax=absmax, out=out, blocksize=BLOCK, quant_type="nf4")
+    return out
+
+
+def _chunk(device: torch.device) -> int:
+    return CHUNK_CPU if device.type == "cpu" else CHUNK_GPU
+
+
+def _quantize_chunk(flat: Tensor, start: int, size: int, columns: int, label: str) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [ceil(m / 2)] and absmax fp32 [ceil(m / 64)] of the m <= size weights from `start` on."""
+    values = flat[start : start + size].float()
+    full = values.numel() // BLOCK * BLOCK
+    blocks = values[:full].view(-1, BLOCK)
+    absmax = blocks.abs().amax(dim=1)
+    inverse = 1.0 / absmax.clamp(min=SMALLEST_ABSMAX)
+    scaled = (blocks * inverse[:, None]).view(-1)
+    if full < values.numel():
+        tail = values[full:]
+        tail_absmax = tail.abs().amax().clamp(min=SMALLEST_ABSMAX)
+        absmax = torch.cat([absmax, tail_absmax[None]])
+        scaled = torch.cat([scaled, tail / tail_absmax])
+    if not bool(torch.isfinite(absmax).all()):
+        index = start + int(torch.nonzero(~torch.isfinite(values))[0])
+        where = (index // columns, index % columns)
+        raise ValueError(f"{label}: value {flat[index].item()} at {list(where)}; NF4 takes finite weights only")
+    if scaled.numel() % 2:
+        scaled = F.pad(scaled, (0, 1))
+    codes = torch.bucketize(scaled, _level_bounds(flat.device), out_int32=True).to(torch.uint8)
+    return (codes[::2] << 4) | codes[1::2], absmax
+
+
+def _quantize_absmax(centred: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [blocks] and absmax2 fp32 [ceil(blocks / 256)] of fp32 [blocks], on the CPU.
+
+    As in bitsandbytes a value is first rounded to one of 65,536 even steps of [-1, 1], with one rounding for
+    65535 * t + 0.5 (a fused multiply-add: fp64 holds it exactly), and a block of zeros gets code 0.
+    """
+    blocks = centred.numel()
+    padded = F.pad(centred, (0, -blocks % BLOCK2)).view(-1, BLOCK2)
+    absmax2 = padded.abs().amax(dim=1)
+    scaled = (padded * (1.0 / absmax2)[:, None]).clamp_(-1.0, 1.0)
+    unit = (scaled + 1.0) * 0.5
+    step = (unit.double() * 65535.0 + 0.5).float()
+    step = step.nan_to_num_(nan=0.0).int()  # 0 * inf: a zero block, or zeros beside a denormal absmax2
+    return _absmax_table()[step].view(-1)[:blocks], absmax2
+
+
+@cache
+def _absmax_table() -> Tensor:
+    """Code of each of the 65,536 steps, uint8 on the CPU."""
+    levels = dynamic_map(torch.device("cpu"))
+    grid = torch.arange(65536, dtype=torch.float32) * 2.0 / 65535.0 - 1.0
+    return torch.bucketize(grid, (levels[:-1] + levels[1:]) * 0.5).to(torch.uint8)
+
+
+@cache
+def dynamic_map(device: torch.device) -> Tensor:
+    """bitsandbytes' signed dynamic 8-bit map, fp32 [256], ascending (8-bit optimizers, arXiv 2110.02861).
+
+    Seven decades from 1e-6 to 1; the decade that ends at 10^-(6 - i) holds 2^i midpoints of an even grid on
+    [0.1, 1], with either sign; then 0 and 1.
+    """
+    values = [0.0, 1.0]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1.0, 2**i + 1, dtype=torch.float32)
+        means = 10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2.0)
+        values += means.tolist() + (-means).tolist()
+    return torch.tensor(sorted(values), dtype=torch.float32).to(device)
+
+
+@cache
+def _level_bounds(device: torch.device) -> Tensor:
+    levels = torch.tensor(LEVELS, dtype=torch.float32)
+    return ((levels[:-1] + levels[1:]) / 2).to(device)
+
+
+@cache
+def _level_pairs(device: torch.device) -> Tensor:
+    """Both levels of each byte, high nibble first, fp32 [256, 2]."""
+    levels = torch.tensor(LEVELS, dtype=torch.float32)
+    return torch.cartesian_prod(levels, levels).to(device)

@@ -1,0 +1,4 @@
+"""The networks: language models, vision towers, projector, adapters, and the joint model.
+
+Nothing here knows devices, ranks, optimisers or the paths of a run.
+"""

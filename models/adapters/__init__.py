@@ -1,0 +1,1 @@
+"""Adapters: the small parts that learn while everything around them is frozen."""

@@ -1,0 +1,179 @@
+"""LLaMA-1/2 (arXiv 2302.13971) on packed tokens: RMSNorm before, RoPE, SwiGLU, no biases, untied head.
+
+RoPE is in Meta's convention: a head's channels 2i and 2i + 1 are one complex number. Files in Hugging Face's
+half-split order are brought into this order when they are read. `H` heads, `G` key/value heads, `d` head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kernels.attention import varlen_attention
+from kernels.dropout import keep_mask
+from kernels.rope import rope, rope_table
+from kernels.swiglu import swiglu
+from models.adapters.mma import AdapterConfig, MMAdapter
+from models.cache import LayerCache
+from models.linear import Linear
+from models.norm import Norm
+from models.pack import Segments
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LlamaConfig:
+    """The shape of a LLaMA model."""
+
+    vocab_size: int = 32000
+    dim: int = 4096  # width D of the residual stream
+    num_layers: int = 32
+    num_heads: int = 32
+    num_kv_heads: int = 32
+    ffn_dim: int = 11008  # width F of the MLP
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights of all linears inside the layers: what is stored in 4 bits, and N of the 2N FLOPs a token."""
+        attention = 2 * self.dim * self.dim + 2 * self.dim * self.num_kv_heads * self.head_dim
+        return self.num_layers * (attention + 3 * self.dim * self.ffn_dim)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """What all layers of one forward pass share."""
+
+    segments: Segments
+    router_rows: Tensor | None  # int64 [R], rows of x whose norm routes; None at decode, where the cache has the mix
+    rope: tuple[Tensor, Tensor]  # cos, sin, fp32 [P, d / 2]
+    seed: Tensor | None  # int64 [1]: dropout and drop path are on; None: off
+    segment_of: Tensor | None = None  # int64 [T], only for drop path
+
+
+class Attention(nn.Module):
+    """Causal attention within segments, grouped-query."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        kv_dim = config.num_kv_heads * config.head_dim
+        self.q = Linear(config.dim, config.dim)
+        self.k = Linear(config.dim, kv_dim)
+        self.v = Linear(config.dim, kv_dim)
+        self.o = Linear(config.dim, config.dim)
+
+    def forward(self, x: Tensor, context: Context, cache: LayerCache | None) -> Tensor:  # [T, D] -> [T, D]
+        segments = context.segments
+        q = self.q(x).unflatten(-1, (-1, self.head_dim))  # [T, H, d]
+        k = self.k(x).unflatten(-1, (-1, self.head_dim))  # [T, G, d]
+        v = self.v(x).unflatten(-1, (-1, self.head_dim))  # [T, G, d]
+        q, k = rope(q, k, *context.rope, segments.position_ids, interleaved=True)
+        if cache is not None and cache.decoding:
+            out = cache.attend(q, k, v)
+        else:
+            if cache is not None:
+                cache.fill(k, v)
+            out = varlen_attention(q, k, v, segments.cu_seqlens, segments.max_seqlen, causal=True)
+        return self.o(out.flatten(1))
+
+
+class MLP(nn.Module):
+    """down(silu(gate x) * up x)."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate = Linear(config.dim, config.ffn_dim)
+        self.up = Linear(config.dim, config.ffn_dim)
+        self.down = Linear(config.ffn_dim, config.dim)
+
+    def forward(self, x: Tensor) -> Tensor:  # [T, D] -> [T, D]
+        return self.down(swiglu(self.gate(x), self.up(x)))
+
+
+class Block(nn.Module):
+    """x + Attn(norm x), then x + MLP(norm x); each norm may carry an MMA adapter."""
+
+    def __init__(self, config: LlamaConfig, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.drop_path = 0.0  # probability that a segment skips a branch in training
+        self.legacy_routing = False  # LaVIN's eval model routes the MLP adapter by mlp_norm(x) before attention
+        self.attention_norm = Norm(config.dim, config.norm_eps, bias=False)
+        self.attention = Attention(config)
+        self.mlp_norm = Norm(config.dim, config.norm_eps, bias=False)
+        self.mlp = MLP(config)
+        self.attention_adapter: MMAdapter | None = None
+        self.mlp_adapter: MMAdapter | None = None
+
+    def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:  # [T, D] -> [T, D]
+        h = self._norm(x, self.attention_norm, self.attention_adapter, context, cache)
+        x_attended = x + self._drop_path(self.attention(h, context, cache), context, 0)
+        routed_by = x if self.legacy_routing else x_attended
+        h = self._norm(x_attended, self.mlp_norm, self.mlp_adapter, context, cache, routed_by)
+        return x_attended + self._drop_path(self.mlp(h), context, 1)
+
+    def _norm(
+        self, x: Tensor, norm: Norm, adapter: MMAdapter | None, context: Context, cache: LayerCache | None,
+        routed_by: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        if adapter is None:
+            return norm(x)
+        if context.router_rows is None:
+            assert cache is not None
+            mix = cache.mix[adapter.site]
+        else:
+            source = x if routed_by is None else routed_by
+            mix = adapter.mix(norm, source.index_select(0, context.router_rows))  # [R, 2]
+            if cache is not None:
+                cache.mix[adapter.site] = mix
+        return adapter(norm, x, mix, context.segments.router_row, context.seed)
+
+    def _drop_path(self, branch: Tensor, context: Context, which: int) -> Tensor:
+        if self.drop_path == 0.0 or context.seed is None:
+            return branch
+        assert context.segment_of is not None
+        num_segments = context.segments.cu_seqlens.numel() - 1
+        site = DROP_PATH_SITE + 2 * self.index + which
+        keep = keep_mask(context.seed, site, num_segments, 1, self.drop_path, branch.device)  # [S, 1]
+        return branch * (keep[context.segment_of] / (1 - self.drop_path)).to(branch.dtype)
+
+
+DROP_PATH_SITE = 1 << 16  # above every adapter's site
+
+
+class Llama(nn.Module):
+    """Embedding, blocks, last norm and head. `hidden` stops before the last norm: only supervised rows need it."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
+        self.norm = Norm(config.dim, config.norm_eps, bias=False)
+        self.head = Linear(config.dim, config.vocab_size)
+
+    def add_adapters(self, config: AdapterConfig, placement: str, first_site: int) -> None:
+        """Puts an MMA adapter after each attention norm (`attn`), and after each MLP norm too (`block`)."""
+        for i, layer in enumerate(self.blocks()):
+            layer.attention_adapter = MMAdapter(self.config.dim, config, first_site + 2 * i)
+            if placement == "block":
+                layer.mlp_adapter = MMAdapter(self.config.dim, config, first_site + 2 * i + 1)
+
+    def blocks(self) -> list[Block]:
+        return [layer for layer in self.layers if isinstance(layer, Block)]
+
+    def rope_table(self, positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin, fp32 [positions, d / 2], on `device`."""
+        cos, sin = rope_table(self.config.head_dim, positions, self.config.rope_theta)
+        return cos.to(device), sin.to(device)
+
+
+LLAMA_7B = LlamaConfig()
+LLAMA_13B = LlamaConfig(dim=5120, num_layers=40, num_heads=40, num_kv_heads=40, ffn_dim=13824)

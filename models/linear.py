@@ -1,0 +1,64 @@
+"""A linear layer whose weight is 16-bit (trained or frozen), row-wise int8, or NF4."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kernels.int8 import Int8Tensor, dequantize_int8, linear_int8, quantize_int8
+from kernels.linear_nf4 import linear_nf4
+from kernels.nf4 import NF4Tensor, dequantize_nf4, quantize_nf4
+
+FrozenWeight = Tensor | NF4Tensor | Int8Tensor
+
+
+class Linear(nn.Module):
+    """y = x W^T + b with W [out, in]; x [T, in], y [T, out] in x's dtype.
+
+    A frozen weight gets no dW, so its input is never saved for the backward pass: dX = dY W needs W alone.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight: nn.Parameter | None = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias: nn.Parameter | None = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.quantized: NF4Tensor | Int8Tensor | None = None
+
+    def quantize(self, weight: Tensor, *, bits: int, device: torch.device, name: str) -> None:
+        """Stores a [out, in] weight, frozen, in 4 or 8 bits on `device`.
+
+        The rule works on the weight in its file's dtype, before any cast to the compute dtype.
+        """
+        rule = {4: quantize_nf4, 8: quantize_int8}[bits]
+        self.weight, self.quantized = None, rule(weight.to(device), name)
+
+    def frozen_weight(self) -> FrozenWeight:
+        """The weight as it is stored, for operations that take any storage."""
+        if self.quantized is not None:
+            return self.quantized
+        assert self.weight is not None
+        return self.weight
+
+    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in] as numbers of `dtype`, dequantised when it is stored in 4 or 8 bits."""
+        if isinstance(self.quantized, NF4Tensor):
+            return dequantize_nf4(self.quantized, dtype)
+        if isinstance(self.quantized, Int8Tensor):
+            return dequantize_int8(self.quantized, dtype)
+        assert self.weight is not None
+        return self.weight.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.quantized, NF4Tensor):
+            return linear_nf4(x, self.quantized, self.bias)
+        if isinstance(self.quantized, Int8Tensor):
+            return linear_int8(x, self.quantized, self.bias)
+        assert self.weight is not None
+        return F.linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        storage = type(self.quantized).__name__ if self.quantized is not None else "16/32-bit"
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {storage}"

@@ -1,0 +1,24 @@
+"""A norm over the last dimension: RMSNorm, or LayerNorm when it has a bias."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kernels.layer_norm import layer_norm
+from kernels.rms_norm import rms_norm
+
+
+class Norm(nn.Module):
+    """[..., D] -> [..., D]; statistics in fp32, weight (and bias) [D]."""
+
+    def __init__(self, dim: int, eps: float, *, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bias is None:
+            return rms_norm(x, self.weight, self.eps)
+        return layer_norm(x, self.weight, self.bias, self.eps)

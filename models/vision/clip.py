@@ -1,0 +1,175 @@
+"""OpenAI CLIP's vision tower (arXiv 2103.00020): patches and a class token, LayerNorm before, QuickGELU MLP.
+
+LaVIN looks at the class token's residual stream after six evenly spaced blocks (4, 8, ..., 24 of ViT-L/14), raw: the
+tower's last norm and projection are neither run nor kept. `N` tiles of `P` = patches + 1 tokens, width `W`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from kernels.attention import varlen_attention
+from models.adapters.mma import AdapterConfig, MMAdapter, PlainAdapter
+from models.linear import Linear
+from models.norm import Norm
+
+NUM_TAPS = 6  # image tokens: one for each block whose class token is taken
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClipConfig:
+    """The shape of a CLIP vision tower; the defaults are ViT-L/14 at 224 pixels."""
+
+    width: int = 1024
+    num_layers: int = 24
+    num_heads: int = 16
+    patch_size: int = 14
+    image_size: int = 224
+    mlp_dim: int = 4096
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.num_layers < NUM_TAPS:
+            raise ValueError(f"a tower of {self.num_layers} blocks: at least {NUM_TAPS} are needed, one an image token")
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a tile: its patches and the class token."""
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+    @property
+    def taps(self) -> list[int]:
+        """Number of blocks run when each of the image tokens is taken: 4, 8, ..., 24 for 24 blocks."""
+        return [self.num_layers * (i + 1) // NUM_TAPS for i in range(NUM_TAPS)]
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights of all linears inside the layers."""
+        return self.num_layers * (4 * self.width * self.width + 2 * self.width * self.mlp_dim)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """What all layers of one forward pass share."""
+
+    cu_seqlens: Tensor  # int32 [N + 1], multiples of P
+    num_tokens: int  # P
+    router: Tensor | None  # int64 [N * P]: which row routes each row; None: its own
+    seed: Tensor | None  # int64 [1]: dropout is on; None: off
+
+
+class Attention(nn.Module):
+    """Attention among all tokens of a tile."""
+
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        self.head_dim = config.width // config.num_heads
+        self.q = Linear(config.width, config.width, bias=True)
+        self.k = Linear(config.width, config.width, bias=True)
+        self.v = Linear(config.width, config.width, bias=True)
+        self.o = Linear(config.width, config.width, bias=True)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:  # [N * P, W] -> [N * P, W]
+        q, k, v = (part(x).unflatten(-1, (-1, self.head_dim)) for part in (self.q, self.k, self.v))
+        out = varlen_attention(q, k, v, context.cu_seqlens, context.num_tokens, causal=False)
+        return self.o(out.flatten(1))
+
+
+class MLP(nn.Module):
+    """down(quick_gelu(up x)), quick_gelu(x) = x sigmoid(1.702 x)."""
+
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        self.up = Linear(config.width, config.mlp_dim, bias=True)
+        self.down = Linear(config.mlp_dim, config.width, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        return self.down(h * torch.sigmoid(1.702 * h))
+
+
+class Block(nn.Module):
+    """x + Attn(norm x), then x + MLP(norm x); each norm may carry an adapter."""
+
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        self.attention_norm = Norm(config.width, config.norm_eps, bias=True)
+        self.attention = Attention(config)
+        self.mlp_norm = Norm(config.width, config.norm_eps, bias=True)
+        self.mlp = MLP(config)
+        self.attention_adapter: MMAdapter | PlainAdapter | None = None
+        self.mlp_adapter: MMAdapter | None = None
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:  # [N * P, W] -> [N * P, W]
+        x = x + self.attention(_norm(x, self.attention_norm, self.attention_adapter, context), context)
+        return x + self.mlp(_norm(x, self.mlp_norm, self.mlp_adapter, context))
+
+
+def _norm(x: Tensor, norm: Norm, adapter: MMAdapter | PlainAdapter | None, context: Context) -> Tensor:
+    if adapter is None:
+        return norm(x)
+    if isinstance(adapter, PlainAdapter):
+        return adapter(norm, x, context.seed)
+    return adapter(norm, x, adapter.mix(norm, x), context.router, context.seed)
+
+
+class ClipVision(nn.Module):
+    """The tower: tiles [N, 3, H, W] -> image tokens [N, 6, width]."""
+
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpointing = False  # recompute each block in the backward pass
+        self.patch_embed = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size, bias=False)
+        self.class_embedding = nn.Parameter(torch.empty(config.width))
+        self.position_embedding = nn.Parameter(torch.empty(config.num_tokens, config.width))
+        self.pre_norm = Norm(config.width, config.norm_eps, bias=True)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+
+    def add_adapters(self, config: AdapterConfig, placement: str, first_site: int, *, legacy_normal: bool) -> None:
+        """`router`: an MMA adapter after each attention norm; `router_block`: after each MLP norm too; `normal`: one
+        without a router after each attention norm."""
+        for i, layer in enumerate(self.blocks()):
+            if placement == "normal":
+                layer.attention_adapter = PlainAdapter(
+                    self.config.width, config, first_site + 2 * i, legacy=legacy_normal
+                )
+                continue
+            layer.attention_adapter = MMAdapter(self.config.width, config, first_site + 2 * i)
+            if placement == "router_block":
+                layer.mlp_adapter = MMAdapter(self.config.width, config, first_site + 2 * i + 1)
+
+    def blocks(self) -> list[Block]:
+        return [layer for layer in self.layers if isinstance(layer, Block)]
+
+    def forward(self, tiles: Tensor, tile_router: Tensor | None, seed: Tensor | None) -> Tensor:
+        """tiles fp32 [N, 3, H, W] -> [N, 6, width]; `tile_router` int64 [N] names the tile that routes each tile's
+        adapters, token by token (None: each tile itself)."""
+        num_tiles, tokens = tiles.shape[0], self.config.num_tokens
+        dtype = self.class_embedding.dtype
+        patches = F.conv2d(tiles.to(dtype), self.patch_embed.weight, stride=self.config.patch_size)  # [N, W, h, w]
+        patches = patches.flatten(2).transpose(1, 2)  # [N, P - 1, W]
+        first = self.class_embedding.expand(num_tiles, 1, -1)
+        x = torch.cat((first, patches), dim=1) + self.position_embedding
+        x = self.pre_norm(x.flatten(0, 1))  # [N * P, W]
+        offsets = torch.arange(tokens, device=x.device)
+        context = Context(
+            cu_seqlens=torch.arange(0, (num_tiles + 1) * tokens, tokens, dtype=torch.int32, device=x.device),
+            num_tokens=tokens,
+            router=None if tile_router is None else (tile_router[:, None] * tokens + offsets).flatten(),
+            seed=seed,
+        )
+        taken = []
+        for done, layer in enumerate(self.blocks(), start=1):
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, context, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, context)
+            if done in self.config.taps:
+                taken.append(x[::tokens])  # the class tokens, [N, W]
+        return torch.stack(taken, dim=1)

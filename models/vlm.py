@@ -1,0 +1,192 @@
+"""The joint model of LaVIN (arXiv 2305.15023): tower -> projector -> spliced embeddings -> language model -> loss.
+
+    x = embed(ids); x[image slots] = projector(tower(tiles)); x[modality rows] = modality embedding
+    x = blocks(x); loss = sum_i weights_i * cross_entropy(head(norm(x[supervised_i])), labels_i)
+
+The weights of a step's packs sum to one over the step, so gradients simply add up over packs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kernels.linear_cross_entropy import linear_cross_entropy
+from models.adapters.mma import AdapterConfig, MMAdapter, PlainAdapter
+from models.cache import KVCache
+from models.language.llama import Context, Llama, LlamaConfig
+from models.pack import Pack, Segments
+from models.projector import Projector
+from models.vision.clip import NUM_TAPS, ClipConfig, ClipVision
+
+Part = Literal["frozen", "mma", "full"]
+VISION_SITE = 1 << 12  # dropout sites of the tower start here; the language model's start at 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Legacy:
+    """Behaviour of the original that changes numbers and is off unless asked for."""
+
+    clip_router: bool = False  # the tower's adapters are routed by the first sample of the micro-batch
+    normal_adapter: bool = False  # `normal` adapters have neither residual nor scale
+    block_routing: bool = False  # the MLP adapter is routed by the norm of the stream before attention
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VLMConfig:
+    """Shapes, placements and what trains."""
+
+    language: LlamaConfig
+    vision: ClipConfig
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    projector_hidden: int = 128
+    language_placement: Literal["attn", "block"] = "attn"
+    vision_placement: Literal["normal", "router", "router_block"] = "router"
+    train_language: Part = "mma"
+    train_vision: Part = "mma"
+    train_projector: Literal["frozen", "full"] = "full"
+    drop_path: float = 0.0
+    gradient_checkpointing: bool = False
+    legacy: Legacy = field(default_factory=Legacy)
+
+
+class VisionLanguageModel(nn.Module):
+    """`forward` gives a pack's share of the step's loss; `hidden` and `logits` serve evaluation and generation."""
+
+    def __init__(self, config: VLMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.language = Llama(config.language)
+        self.vision = ClipVision(config.vision)
+        self.projector = Projector(config.vision.width, config.projector_hidden, config.language.dim)
+        self.modality_embedding = nn.Embedding(2, config.language.dim)
+        if config.train_language == "mma":
+            self.language.add_adapters(config.adapter, config.language_placement, 0)
+        if config.train_vision == "mma":
+            self.vision.add_adapters(
+                config.adapter, config.vision_placement, VISION_SITE, legacy_normal=config.legacy.normal_adapter
+            )
+        for block in self.language.blocks():
+            block.drop_path = config.drop_path
+            block.legacy_routing = config.legacy.block_routing
+        self.vision.checkpointing = config.gradient_checkpointing
+        self._rope: tuple[Tensor, Tensor] | None = None
+        self._mark_trainable()
+
+    def _mark_trainable(self) -> None:
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(self.is_trainable(name))
+
+    def is_trainable(self, name: str) -> bool:
+        """Whether the tensor of this name learns under this configuration."""
+        part = name.split(".", 1)[0]
+        if part == "modality_embedding":
+            return self.config.train_language == "mma"
+        if part == "projector":
+            return self.config.train_projector == "full"
+        train = self.config.train_language if part == "language" else self.config.train_vision
+        return train == "full" or "_adapter." in name
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that learn, by name, in a fixed order."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def start_trainable(self, seed: int, device: torch.device) -> None:
+        """Fresh fp32 adapters, projector and modality embedding on `device`: the same numbers for one seed everywhere.
+
+        What base files fill (tensors on the meta device that `placement.fill` expects) is left alone.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for module in (*self._adapters(), self.projector):
+                module.to_empty(device="cpu")
+                module.reset()
+            self.modality_embedding.to_empty(device="cpu")
+            nn.init.normal_(self.modality_embedding.weight)
+        for part in (*self._adapters(), self.projector, self.modality_embedding):
+            part.to(device)
+        self._mark_trainable()
+
+    def _adapters(self) -> list[MMAdapter | PlainAdapter]:
+        return [module for module in self.modules() if isinstance(module, MMAdapter | PlainAdapter)]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of activations: that of the frozen token embedding."""
+        return self.language.embed.weight.dtype
+
+    def image_tokens(self, tiles: Tensor, tile_router: Tensor, num_images: int, seed: Tensor | None) -> Tensor:
+        """tiles [N, 3, H, W] -> embeddings [num_images * 6, D] of the first `num_images` tiles."""
+        router = tile_router if self.config.legacy.clip_router else None
+        features = self.vision(tiles, router, seed)[:num_images]  # [M, 6, W]
+        return self.projector(features.flatten(0, 1))
+
+    def embed(self, pack: Pack, seed: Tensor | None) -> Tensor:
+        """Token, image and modality embeddings in place: [T, D]."""
+        x = self.language.embed(pack.input_ids)
+        if pack.tiles is not None:
+            num_images = pack.image_slots.numel() // NUM_TAPS
+            image = self.image_tokens(pack.tiles, pack.tile_router, num_images, seed).to(x.dtype)
+            x = x.index_copy(0, pack.image_slots, image)
+        return x.index_copy(0, pack.modality_rows, self.modality_embedding.weight.to(x.dtype))
+
+    def blocks(
+        self, x: Tensor, segments: Segments, router_rows: Tensor | None, seed: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        """The language model's blocks on embeddings x [T, D]."""
+        context = Context(
+            segments=segments,
+            router_rows=router_rows,
+            rope=self._rope_table(segments.max_seqlen if cache is None else cache.max_length, x.device),
+            seed=seed,
+            segment_of=self._segment_of(segments) if self.config.drop_path > 0 and seed is not None else None,
+        )
+        for i, layer in enumerate(self.language.blocks()):
+            if cache is not None:
+                x = layer(x, context, cache.layers[i])
+            elif self.config.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, context, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, context)
+        return x
+
+    def hidden(self, pack: Pack, seed: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """The residual stream after the last block, [T, D]. `seed` int64 [1] switches dropout on."""
+        return self.blocks(self.embed(pack, seed), pack.segments, pack.modality_rows, seed, cache)
+
+    def decode(self, tokens: Tensor, position_ids: Tensor, router_row: Tensor, cache: KVCache) -> Tensor:
+        """One more token for each of B sequences: tokens int64 [B], positions and router rows int32 [B] -> the
+        residual stream [B, D]. The modality token was seen by the prefill; the cache kept what its router decided."""
+        segments = Segments(
+            cu_seqlens=torch.arange(tokens.numel() + 1, dtype=torch.int32, device=tokens.device),
+            max_seqlen=1,
+            position_ids=position_ids,
+            router_row=router_row,
+        )
+        x = self.blocks(self.language.embed(tokens), segments, None, None, cache)
+        cache.lengths += 1
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Rows of the residual stream [L, D] -> logits fp32 [L, V]."""
+        return self.language.head(self.language.norm(hidden)).float()
+
+    def forward(self, pack: Pack, seed: Tensor | None = None) -> Tensor:
+        """This pack's share of the step's loss, fp32 scalar."""
+        rows = self.hidden(pack, seed).index_select(0, pack.supervised)  # [L, D]
+        rows = self.language.norm(rows)
+        return linear_cross_entropy(rows, self.language.head.frozen_weight(), pack.labels, pack.weights)
+
+    def _rope_table(self, longest: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        if self._rope is None or self._rope[0].shape[0] <= longest or self._rope[0].device != device:
+            self._rope = self.language.rope_table(max(2048, 2 * longest), device)
+        return self._rope
+
+    @staticmethod
+    def _segment_of(segments: Segments) -> Tensor:  # int64 [T]: which segment each token is in
+        return torch.repeat_interleave(segments.cu_seqlens.diff(), output_size=segments.position_ids.numel())
+

@@ -1,0 +1,126 @@
+"""LLaMA in Meta's layout: params.json and consolidated.00.pth, .01.pth, ... (one file a model-parallel rank).
+
+Each file holds a slice of every matrix. Column-parallel ones are split over their rows, row-parallel ones and the
+embedding over their columns, norms are whole in every file. q and k are already in our interleaved order.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models.language.llama import LlamaConfig
+from models.weights.archive import Archive, Shape, open_archive
+from models.weights.errors import WeightsError
+from models.weights.names import Names, check_shapes, language_shapes
+from models.weights.settings import MOST_LAYERS, MOST_VOCABULARY, MOST_WIDTH, Settings, read_settings
+from models.weights.source import LanguageSource
+
+NAMES = Names(
+    outside={"embed.weight": "tok_embeddings.weight", "norm.weight": "norm.weight", "head.weight": "output.weight"},
+    layer="layers.{}.",
+    modules={
+        "attention_norm": "attention_norm", "attention.q": "attention.wq", "attention.k": "attention.wk",
+        "attention.v": "attention.wv", "attention.o": "attention.wo", "mlp_norm": "ffn_norm",
+        "mlp.gate": "feed_forward.w1", "mlp.down": "feed_forward.w2", "mlp.up": "feed_forward.w3",
+    },
+)  # fmt: skip
+IGNORED = ("rope.freqs",)  # a table that follows from the configuration
+
+SPLIT_COLUMNS = ("embed.weight", "attention.o.weight", "mlp.down.weight")
+WHOLE = "norm.weight"  # attention_norm, mlp_norm and the last norm end in it
+
+KNOWN_KEYS = {
+    "dim", "n_layers", "n_heads", "norm_eps", "vocab_size",
+    "n_kv_heads", "rope_theta", "ffn_dim_multiplier", "use_scaled_rope",  # only with the values of LLaMA-1/2 7B and 13B
+    "multiple_of", "max_batch_size", "max_seq_len",  # of no effect: the MLP's width is read from its shape
+}  # fmt: skip
+
+
+def open_meta(folder: Path) -> LanguageSource:
+    """LLaMA-1/2 (7B, 13B and anything else without grouped queries) from `folder`.
+
+    Raises:
+        WeightsError: a file is missing, damaged or does not fit the others, params.json has a key or a value of another
+            architecture, or tensors are missing, unknown or of another shape (all listed).
+    """
+    params = read_settings(folder / "params.json")
+    shards = [open_archive(path) for path in _shard_paths(folder)]
+    config = _config(params, shards)
+    expected = language_shapes(config)
+    local = {NAMES.of(name): _local(name, shape, len(shards)) for name, shape in expected.items()}
+    for shard in shards:
+        check_shapes(shard.path, {n: s for n, s in shard.shapes.items() if n not in IGNORED}, local)
+
+    def fetch(name: str) -> Tensor:
+        theirs, axis = NAMES.of(name), _split_axis(name)
+        if axis is None or len(shards) == 1:
+            return shards[0].fetch(theirs)
+        return torch.cat([shard.fetch(theirs) for shard in shards], dim=axis)
+
+    files = (params.path, *(shard.path for shard in shards))
+    return LanguageSource(config=config, files=files, names=tuple(expected), fetch=fetch)
+
+
+def _shard_paths(folder: Path) -> list[Path]:
+    paths = sorted(folder.glob("consolidated.*.pth"))
+    if not paths:
+        raise WeightsError(folder, "has params.json but no consolidated.00.pth", do="put Meta's .pth files beside it")
+    expected = [f"consolidated.{i:02d}.pth" for i in range(len(paths))]
+    gone = [name for name in expected if not (folder / name).exists()]
+    if gone:
+        raise WeightsError(folder, f"{gone[0]} is not there, though {paths[-1].name} is", do="copy all shards")
+    return paths
+
+
+def _config(params: Settings, shards: list[Archive]) -> LlamaConfig:
+    dim = params.integer("dim", most=MOST_WIDTH)
+    heads = params.integer("n_heads", most=dim)
+    unknown = sorted(set(params.values) - KNOWN_KEYS)
+    if unknown:
+        raise WeightsError(params.path, f"{', '.join(unknown)} not supported; nibble reads LLaMA-1 and LLaMA-2")
+    params.only("n_kv_heads", heads)
+    params.only("rope_theta", 10000.0)
+    params.only("ffn_dim_multiplier", 1.0)
+    params.only("use_scaled_rope", False)
+    if dim % (2 * heads):
+        raise WeightsError(params.path, f"dim {dim} is not an even head width times n_heads {heads}")
+    held = _rows(shards[0], "layers.0.attention.q.weight")
+    if held * len(shards) != dim:
+        raise WeightsError(
+            params.path.parent, f"{len(shards)} shards with {held} rows of q each do not make {dim}",
+            do=f"copy all {dim // held} consolidated.*.pth files" if held and dim % held == 0 else "",
+        )  # fmt: skip
+    vocabulary = params.integer("vocab_size", most=MOST_VOCABULARY, default=-1, least=-1)
+    return LlamaConfig(
+        vocab_size=vocabulary if vocabulary > 0 else _rows(shards[0], "head.weight") * len(shards),
+        dim=dim,
+        num_layers=params.integer("n_layers", most=MOST_LAYERS),
+        num_heads=heads,
+        num_kv_heads=heads,
+        ffn_dim=_rows(shards[0], "layers.0.mlp.gate.weight") * len(shards),
+        norm_eps=params.real("norm_eps"),
+    )
+
+
+def _rows(shard: Archive, name: str) -> int:
+    shape = shard.shapes.get(NAMES.of(name))
+    if not shape:
+        raise WeightsError(shard.path, missing=[NAMES.of(name)])
+    return shape[0]
+
+
+def _split_axis(name: str) -> int | None:
+    if name.endswith(WHOLE):
+        return None
+    return 1 if name.endswith(SPLIT_COLUMNS) else 0
+
+
+def _local(name: str, shape: Shape, shards: int) -> Shape:
+    """The slice of a tensor that each of `shards` files holds."""
+    axis = _split_axis(name)
+    if axis is None:
+        return shape
+    return tuple(size // shards if i == axis else size for i, size in enumerate(shape))

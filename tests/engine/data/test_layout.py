@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import pytest
+
+from engine.data.layout import Layout
+from engine.data.sample import IGNORE, Sample
+from engine.data.tokenizer import Tokenizer
+from engine.errors import DataError, UsageError
+
+PROMPT, ANSWER = "Question: Which?\nResponse:", "The answer is A."
+
+
+def targets(sample: Sample) -> list[int]:
+    return [label for label in sample.labels if label != IGNORE]
+
+
+def test_llama_layout(llama_tokenizer: Tokenizer) -> None:
+    layout = Layout(llama_tokenizer)
+    text = llama_tokenizer.encode(PROMPT + ANSWER)
+    assert text[0] == 894  # the piece with its word start
+    answer = [1576, 1234, 338, 319, 29889, 2]
+    with_image = layout.pair("x", PROMPT, ANSWER, "/a.png")
+    assert with_image.input_ids == [1, 7084, 29901, 29871, *[0] * 6, *text, 2]
+    assert with_image.image_slots == [4, 5, 6, 7, 8, 9]  # 5 to 10 behind the modality token
+    assert with_image.image == "/a.png"
+    text_only = layout.pair("x", PROMPT, ANSWER)
+    assert text_only.input_ids == [1, 7084, 29901, 405, 29914, 29909, *text, 2]
+    assert text_only.image_slots == [] and text_only.image is None
+    for sample in (with_image, text_only):
+        assert sample.labels == [IGNORE] * (len(sample.input_ids) - 6) + answer
+        assert not sample.truncated
+
+
+@pytest.mark.parametrize(("image", "capacity"), [("/a.png", 512 - 11), (None, 512 - 7)])
+def test_room_for_text_is_lavins(llama_tokenizer: Tokenizer, image: str | None, capacity: int) -> None:
+    layout = Layout(llama_tokenizer)
+    fixed = len(llama_tokenizer.encode(PROMPT + "a")) + 1  # with EOS
+    fits = layout.pair("x", PROMPT, "a" + " cup" * (capacity - fixed), image)
+    assert len(fits.input_ids) == 511 and fits.input_ids[-1] == 2 and not fits.truncated
+    cut = layout.pair("x", PROMPT, "a" + " cup" * (capacity - fixed + 1), image)
+    assert len(cut.input_ids) == 511 and cut.truncated
+    assert 2 not in cut.labels  # the EOS is lost
+    assert cut.input_ids[:-1] == fits.input_ids[:-1]
+
+
+def test_answer_begins_where_the_prompt_alone_ends(layout: Layout, tokenizer: Tokenizer) -> None:
+    sample = layout.pair("x", PROMPT, ANSWER)
+    assert tokenizer.decode(targets(sample)) == ANSWER
+    assert targets(sample)[-1] == tokenizer.eos_id
+    for token, label in zip(sample.input_ids, sample.labels, strict=True):
+        assert label in (token, IGNORE)
+
+
+def test_number_of_image_slots_is_a_parameter(tokenizer: Tokenizer) -> None:
+    sample = Layout(tokenizer, image_tokens=3).pair("x", PROMPT, ANSWER, "/a.png")
+    start = len(tokenizer.encode("Image: ")) + 1
+    assert sample.image_slots == [start, start + 1, start + 2]
+    assert [sample.input_ids[j] for j in sample.image_slots] == [0, 0, 0]
+    assert sample.input_ids[start + 3 :] == [*tokenizer.encode(PROMPT + ANSWER), tokenizer.eos_id]
+
+
+def test_every_turn_is_supervised(layout: Layout, tokenizer: Tokenizer) -> None:
+    turns = [("Instruction: a\nResponse:", "one."), ("\nInstruction: b\nResponse:", "two."), ("\nInstruction:", "x")]
+    sample = layout.turns("x", turns)
+    assert tokenizer.decode(targets(sample)) == "one.two.x"
+    assert tokenizer.decode(sample.input_ids[sample.input_ids.index(tokenizer.encode(turns[0][0])[0], 3) :]) == "".join(
+        prompt + answer for prompt, answer in turns
+    )
+    assert sample.input_ids.count(tokenizer.eos_id) == 1 and sample.labels[-1] == tokenizer.eos_id
+
+
+def test_unknown_tokens_are_never_targets() -> None:
+    class WithUnknown:
+        bos_id, eos_id = 1, 2
+
+        def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
+            return [1] * bos + [0 if c == "?" else ord(c) for c in text] + [2] * eos
+
+    sample = Layout(WithUnknown()).pair("x", "p?", "a?b")  # type: ignore[arg-type]
+    assert targets(sample) == [ord("a"), ord("b"), 2]
+
+
+def test_prompt_only(layout: Layout, tokenizer: Tokenizer) -> None:
+    asked, trained = layout.prompt_only("x", PROMPT, "/a.png"), layout.pair("x", PROMPT, ANSWER, "/a.png")
+    assert trained.input_ids[: len(asked.input_ids)] == asked.input_ids
+    assert asked.image_slots == trained.image_slots and asked.image == "/a.png"
+    assert targets(asked) == [] and tokenizer.eos_id not in asked.input_ids
+
+
+def test_a_prompt_too_long_is_an_error_that_says_what_fits(tokenizer: Tokenizer) -> None:
+    length = len(Layout(tokenizer).prompt_only("x", PROMPT).input_ids)
+    assert len(Layout(tokenizer, length + 1).prompt_only("x", PROMPT).input_ids) == length
+    with pytest.raises(DataError, match=f"has {length} tokens, {length - 1} fit") as caught:
+        Layout(tokenizer, length).prompt_only("problem 7", PROMPT)
+    assert caught.value.where == "problem 7" and str(length + 1) in caught.value.do
+
+
+def test_no_room_for_text(tokenizer: Tokenizer) -> None:
+    with pytest.raises(UsageError, match="max_seq_len 9 leaves no room") as caught:
+        Layout(tokenizer, 9)
+    needed = int(caught.value.do.split()[3].rstrip(";"))
+    sample = Layout(tokenizer, needed).pair("x", PROMPT, ANSWER, "/a.png")
+    assert len(sample.input_ids) == sample.image_slots[-1] + 2 == needed - 1

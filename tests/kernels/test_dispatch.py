@@ -1,0 +1,113 @@
+"""The choice of a backend and the launch table."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from kernels import dispatch
+from kernels.dispatch import LAUNCHES, choose, decisions, launch, set_backend, unit_stride
+
+BOTH = ("triton", "reference")
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process in which nothing has been chosen and no variable is set."""
+    monkeypatch.setattr(dispatch, "_settings", {})
+    monkeypatch.setattr(dispatch, "_decisions", {})
+    monkeypatch.delenv("NIBBLE_KERNELS", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def test_auto_takes_the_reference_on_the_cpu() -> None:
+    assert choose("op", torch.zeros(1), BOTH) == "reference"
+
+
+def test_auto_takes_triton_on_the_cpu_when_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose("op", torch.zeros(1), BOTH) == "triton"
+    assert choose("op", torch.zeros(1, dtype=torch.float64), BOTH) == "reference"
+    assert choose("plain", torch.zeros(1), ("reference",)) == "reference"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_auto_takes_triton_on_a_gpu() -> None:
+    assert choose("op", torch.zeros(1, device="cuda"), BOTH) == "triton"
+    assert choose("plain", torch.zeros(1, device="cuda"), ("reference",)) == "reference"
+
+
+def test_the_environment_sets_the_default_and_set_backend_overrides_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("NIBBLE_KERNELS", "reference")
+    assert choose("op", torch.zeros(1), BOTH) == "reference"
+    assert set_backend("triton") == "reference"
+    assert choose("op", torch.zeros(1), BOTH) == "triton"
+    assert set_backend("auto") == "triton"
+
+
+def test_an_unknown_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"'tritn'.*auto, triton, cuda, reference"):
+        set_backend("tritn")
+    monkeypatch.setenv("NIBBLE_KERNELS", "fast")
+    with pytest.raises(ValueError, match="NIBBLE_KERNELS got 'fast'"):
+        choose("op", torch.zeros(1), BOTH)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "x", "available"),
+    [
+        ("cuda", torch.zeros(1), BOTH),
+        ("triton", torch.zeros(1), ("reference",)),
+        ("triton", torch.zeros(1), BOTH),  # on the CPU, not interpreted
+        ("triton", torch.zeros(1, dtype=torch.float64), BOTH),
+    ],
+)
+def test_an_explicit_choice_never_falls_back(wanted: str, x: torch.Tensor, available: tuple[str, ...]) -> None:
+    set_backend(wanted)
+    with pytest.raises(ValueError, match=f"op.*{wanted}"):
+        choose("op", x, available)
+    assert decisions() == {}
+
+
+def test_a_decision_is_logged_once_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="nibble.kernels"):
+        for _ in range(3):
+            choose("one", torch.zeros(1), BOTH)
+        choose("two", torch.zeros(1), BOTH)
+    assert [record.getMessage() for record in caplog.records] == [
+        "one: reference (torch.float32 tensor on cpu)",
+        "two: reference (torch.float32 tensor on cpu)",
+    ]
+    assert decisions() == {"one": "reference", "two": "reference"}
+
+
+def test_the_launch_table_is_well_formed() -> None:
+    for kernel, classes in LAUNCHES.items():
+        assert [largest for largest, _ in classes] == sorted({largest for largest, _ in classes}), kernel
+        for largest, config in classes:
+            for size in (config.rows, config.cols, config.warps):
+                assert size > 0, kernel
+                assert size & (size - 1) == 0, f"{kernel}: {size} is no power of two"
+            assert config.chunk % config.rows == 0, kernel
+            if kernel in ("rms_norm_forward", "rms_norm_backward"):  # hold whole rows
+                assert config.cols >= largest, kernel
+
+
+def test_launch_takes_the_smallest_class_that_fits() -> None:
+    for kernel, classes in LAUNCHES.items():
+        for i, (largest, config) in enumerate(classes):
+            assert launch(kernel, largest) == config
+            if i + 1 < len(classes):
+                assert launch(kernel, largest + 1) == classes[i + 1][1]
+    with pytest.raises(ValueError, match="at most 16384 channels, got 16385"):
+        launch("rms_norm_forward", 16385)
+
+
+def test_unit_stride_copies_only_where_it_must() -> None:
+    x = torch.arange(12.0).view(3, 4)
+    assert unit_stride(x[:, 1:3]).data_ptr() == x[:, 1:3].data_ptr()
+    assert unit_stride(x.T).stride() == (3, 1)
+    assert torch.equal(unit_stride(x.T), x.T)

@@ -1,0 +1,112 @@
+"""Small joint models with every tensor random (up-projections too, so that no path is switched off) and random
+samples in LaVIN's layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.data.packing import Reduction, collate, first_of_micro_batch, token_weights
+from engine.data.planning import plan_packs
+from engine.data.sample import IGNORE, Sample
+from models.adapters.mma import AdapterConfig
+from models.language.llama import LlamaConfig
+from models.pack import Pack
+from models.vision.clip import ClipConfig
+from models.vlm import VisionLanguageModel, VLMConfig
+
+VOCAB = 67
+IMAGE_SIZE = 12
+NUM_IMAGE_TOKENS = 6
+FIRST_SLOT = 4  # BOS and a prefix of three tokens come before the image
+
+
+def tiny_config(*, ffn_dim: int = 48, num_layers: int = 3, dropout: float = 0.1, **options: Any) -> VLMConfig:
+    """A joint model that answers in milliseconds; `options` are VLMConfig's."""
+    return VLMConfig(
+        language=LlamaConfig(
+            vocab_size=VOCAB, dim=32, num_layers=num_layers, num_heads=4, num_kv_heads=4, ffn_dim=ffn_dim
+        ),
+        vision=ClipConfig(width=24, num_layers=6, num_heads=3, patch_size=4, image_size=IMAGE_SIZE, mlp_dim=40),
+        adapter=AdapterConfig(dim=8, scale=0.7, temperature=2.0, dropout=dropout),
+        projector_hidden=20,
+        **options,
+    )
+
+
+def tiny_model(config: VLMConfig, seed: int = 0) -> VisionLanguageModel:
+    """The model in fp32 with every tensor drawn anew: activations of order one, norms around one, no zero anywhere."""
+    model = VisionLanguageModel(config)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in sorted(model.named_parameters()):
+        noise = torch.randn(parameter.shape, generator=generator)
+        if "norm.weight" in name:
+            noise = 1 + 0.2 * noise
+        elif name.endswith("bias") or "embedding" in name or "embed" in name:
+            noise = 0.5 * noise
+        else:
+            noise /= parameter[0].numel() ** 0.5
+        parameter.data.copy_(noise)
+    return model
+
+
+def random_samples(layout: Sequence[tuple[int, bool]], seed: int = 0) -> tuple[list[Sample], list[Tensor | None]]:
+    """One sample for each (length, has an image) ; targets from somewhere behind the image to the end."""
+    generator = torch.Generator().manual_seed(seed)
+    samples, tiles = [], list[Tensor | None]()
+    for number, (length, has_image) in enumerate(layout):
+        ids = torch.randint(1, VOCAB, (length,), generator=generator).tolist()
+        slots = list(range(FIRST_SLOT, FIRST_SLOT + NUM_IMAGE_TOKENS)) if has_image else []
+        for slot in slots:
+            ids[slot] = 0
+        prompt = int(torch.randint(1 + max(slots, default=0), length, (), generator=generator))
+        labels = [IGNORE] * prompt + ids[prompt:]
+        samples.append(Sample(str(number), ids, labels, image=None, image_slots=slots, truncated=False))
+        tiles.append(torch.randn(3, IMAGE_SIZE, IMAGE_SIZE, generator=generator) if has_image else None)
+    return samples, tiles
+
+
+def packs_of(
+    samples: Sequence[Sample], tiles: Sequence[Tensor | None], *, reduction: Reduction = "token", micro_batch: int = 1,
+    tokens_per_batch: int = 128, plan: Sequence[Sequence[int]] | None = None, legacy_clip_router: bool = False,
+) -> list[tuple[list[int], Pack]]:  # fmt: skip
+    """A step's packs as the loader makes them, each with its samples' places in the step."""
+    weights = token_weights(samples, reduction, micro_batch)
+    packs = []
+    for members in plan or plan_packs([len(s.input_ids) for s in samples], tokens_per_batch):
+        routed_by, outside = first_of_micro_batch(members, micro_batch) if legacy_clip_router else (None, [])
+        pack = collate(
+            [samples[i] for i in members], [weights[i] for i in members], [tiles[i] for i in members],
+            routed_by=routed_by, outside=[tiles[i] for i in outside],
+        )  # fmt: skip
+        packs.append((list(members), pack))
+    return packs
+
+
+def gradients(loss: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """d loss / d each tensor that learns; zeros where the loss does not reach it. The graph is kept."""
+    learns = {name: weight for name, weight in weights.items() if weight.requires_grad}
+    found = torch.autograd.grad(loss, list(learns.values()), retain_graph=True, allow_unused=True)
+    return {
+        name: torch.zeros_like(weight) if grad is None else grad
+        for (name, weight), grad in zip(learns.items(), found, strict=True)
+    }
+
+
+def assert_close(got: Tensor, expected: Tensor, what: str, *, tolerance: float = 1e-5, floor: float = 0.0) -> None:
+    """The largest error is at most `tolerance`, and at most `tolerance` of the largest value expected (+ `floor`)."""
+    assert got.shape == expected.shape and got.numel(), f"{what}: got {got.shape}, expected {expected.shape}"
+    error = (got.double().cpu() - expected.double().cpu()).abs().max().item()
+    largest = expected.abs().max().item()
+    assert error <= min(tolerance, tolerance * largest + floor), f"{what}: off by {error:.1e}, largest {largest:.1e}"
+
+
+def assert_gradients_close(
+    got: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, tolerance: float = 1e-5, floor: float = 0.0
+) -> None:
+    assert got.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert_close(got[name], gradient, f"gradient of {name}", tolerance=tolerance, floor=floor)

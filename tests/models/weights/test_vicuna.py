@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.weights.errors import WeightsError
+from models.weights.language import open_language
+
+Tensors = dict[str, Tensor]
+Write = Callable[..., Path]
+ROTATED = ("attention.q.weight", "attention.k.weight")
+
+
+@pytest.fixture
+def delta(language: Tensors) -> Tensors:
+    generator = torch.Generator().manual_seed(1)
+    return {name: torch.randn(t.shape, generator=generator).half() for name, t in language.items()}
+
+
+def padded(delta: Tensors, rows: int) -> Tensors:
+    wide = ("embed.weight", "head.weight")
+    return {name: torch.cat((t, t.new_full((rows, 32), 9.0))) if name in wide else t for name, t in delta.items()}
+
+
+@pytest.mark.parametrize("layout", ["meta", "hf"])
+def test_the_delta_is_added_in_the_bases_dtype(
+    tmp_path: Path, language: Tensors, delta: Tensors, write_meta: Write, write_hf: Write,
+    assert_same: Callable[..., None], layout: str,
+) -> None:  # fmt: skip
+    base = (write_meta if layout == "meta" else write_hf)(tmp_path / "base", language)
+    source = open_language(base, write_hf(tmp_path / "delta", delta))
+    assert_same(source.stream(), {name: t + delta[name] for name, t in language.items()})
+    assert source.config == open_language(base).config
+    assert {path.parent.name for path in source.files} == {"base", "delta"}
+
+
+def test_a_delta_in_fp32_is_rounded_to_the_bases_dtype(
+    tmp_path: Path, language: Tensors, delta: Tensors, write_meta: Write, write_hf: Write,
+    assert_same: Callable[..., None],
+) -> None:  # fmt: skip
+    folder = write_hf(tmp_path / "delta", {name: t.float() for name, t in delta.items()})
+    source = open_language(write_meta(tmp_path / "base", language), folder)
+    assert_same(source.stream(), {name: t + delta[name] for name, t in language.items()})
+
+
+def test_lavins_permutation_adds_q_and_k_in_hugging_faces_order(
+    tmp_path: Path, language: Tensors, delta: Tensors, write_meta: Write, write_hf: Write,
+    half_split: Callable[[Tensor], Tensor], assert_same: Callable[..., None],
+) -> None:  # fmt: skip
+    source = open_language(
+        write_meta(tmp_path / "base", language), write_hf(tmp_path / "delta", delta), legacy_permutation=True
+    )
+    wrong = {name: half_split(t) if name.endswith(ROTATED) else t for name, t in delta.items()}
+    assert_same(source.stream(), {name: t + wrong[name] for name, t in language.items()})
+
+
+def test_the_row_of_the_padding_token_is_dropped(
+    tmp_path: Path, language: Tensors, delta: Tensors, write_meta: Write, write_hf: Write,
+    assert_same: Callable[..., None],
+) -> None:  # fmt: skip
+    folder = write_hf(tmp_path / "delta", padded(delta, 1), vocab_size=25)
+    source = open_language(write_meta(tmp_path / "base", language), folder)
+    assert source.config.vocab_size == 24
+    assert_same(source.stream(), {name: t + delta[name] for name, t in language.items()})
+
+
+def test_more_rows_than_one_are_another_model(
+    tmp_path: Path, language: Tensors, delta: Tensors, write_meta: Write, write_hf: Write
+) -> None:
+    folder = write_hf(tmp_path / "delta", padded(delta, 2), vocab_size=26)
+    with pytest.raises(WeightsError, match="delta to another model") as caught:
+        open_language(write_meta(tmp_path / "base", language), folder)
+    assert caught.value.mismatched == ["vocab_size: got 26, expected 24 or one more"]
+
+
+def test_a_delta_of_another_size(
+    tmp_path: Path, language: Tensors, delta: Tensors, write_meta: Write, write_hf: Write
+) -> None:
+    first = {name: t for name, t in delta.items() if not name.startswith("layers.1.")}
+    folder = write_hf(tmp_path / "delta", first, num_hidden_layers=1)
+    with pytest.raises(WeightsError, match="num_layers: got 1, expected 2"):
+        open_language(write_meta(tmp_path / "base", language), folder)
