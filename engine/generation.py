@@ -21,13 +21,14 @@ from models.vlm import VisionLanguageModel
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen: temperature 0 takes the likeliest, else nucleus sampling."""
+    """How the next token is chosen (temperature 0 takes the likeliest, else nucleus sampling), and LaVIN's defects."""
 
     max_new_tokens: int = 64
     temperature: float = 0.1
     top_p: float = 0.75
     seed: int = 1
-    legacy_positions: bool = False
+    legacy_positions: bool = False  # restart positions one too low from the batch's shortest prompt on
+    legacy_clip_router: bool = False  # the batch's first sample routes all its pictures
 
 
 @torch.no_grad()
@@ -39,7 +40,9 @@ def generate(
 
     `prompts` are laid out as in training (no modality token); `tiles` holds each prompt's image fp32 [3, H, W] or None.
     """
-    pack = collate(prompts, [torch.zeros(len(p.input_ids)) for p in prompts], tiles).to(device)
+    weights = [torch.zeros(len(p.input_ids)) for p in prompts]
+    routed_by = [0] * len(prompts) if sampling.legacy_clip_router else None
+    pack = collate(prompts, weights, tiles, routed_by=routed_by).to(device)
     lengths = [len(p.input_ids) for p in prompts]
     offset = 0
     if sampling.legacy_positions:

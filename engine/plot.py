@@ -108,7 +108,7 @@ def _thin(points: list[Point]) -> list[Point]:
 
 
 def _smooth(points: list[Point]) -> list[Point]:
-    ema = Ema(1.0 - 1.0 / max(5.0, len(points) / 25.0))  # a window of about a 25th of the run
+    ema = Ema(1.0 - 1.0 / max(4.0, len(points) / 60.0))  # a window of about a 60th of the run
     return _thin([(x, ema.update(y)) for x, y in points])
 
 

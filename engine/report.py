@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from engine.evaluation.score import GROUPS
+from engine.evaluation.score import GROUPS, percent
 from engine.files import write_atomic
 from engine.progress import duration
 from engine.rundir import write_json
@@ -85,7 +85,7 @@ def _score_rows(final: FinalMetrics) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("", *SCORES)]
     for name, scores in (("before", final.accuracy_before), ("after", final.accuracy)):
         if scores:
-            rows.append((name, *(f"{scores[key]:.2f}" for key in SCORES)))
+            rows.append((name, *(percent(scores[key]) for key in SCORES)))
     return rows
 
 
@@ -121,4 +121,4 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
 def _jsonable(value: object) -> object:
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return dict(value) if isinstance(value, Mapping) else value
+    return {key: _jsonable(inner) for key, inner in value.items()} if isinstance(value, Mapping) else value

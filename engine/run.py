@@ -107,7 +107,8 @@ def train(config: Config, argv: Sequence[str], notes: Sequence[str]) -> int:
 
 
 def _set_runtime(config: Config) -> None:
-    set_backend(config.runtime.kernels)
+    if config.runtime.kernels != "auto":  # else NIBBLE_KERNELS may say
+        set_backend(config.runtime.kernels)
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
     if config.runtime.deterministic:

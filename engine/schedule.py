@@ -6,14 +6,6 @@ import math
 from dataclasses import dataclass
 
 
-def peak_lr(lr: float | None, blr: float, effective_batch: int) -> float:
-    """`lr` where it is given, else blr * effective_batch / 256.
-
-    effective_batch: samples of one update, batch_size * accum_iter * ranks.
-    """
-    return blr * effective_batch / 256 if lr is None else lr
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CosineSchedule:
     """LaVIN (arXiv 2305.15023): with e = step / steps_per_epoch,
@@ -24,7 +16,7 @@ class CosineSchedule:
     p ends at 1, so a run that is continued past its last epoch stays at min_lr.
     """
 
-    lr: float  # the peak
+    lr: float  # the peak: Optim.peak_lr()
     min_lr: float
     epochs: float
     warmup_epochs: float

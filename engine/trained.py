@@ -48,7 +48,8 @@ def run_config(run: str, runtime: Runtime) -> Config:
 
 def open_trained(config: Config, weights: Path) -> Trained:
     """Builds the base of `config` and puts the tensors of `weights` into it: a run, a step of one, or LaVIN's file."""
-    set_backend(config.runtime.kernels)
+    if config.runtime.kernels != "auto":  # else NIBBLE_KERNELS may say
+        set_backend(config.runtime.kernels)
     device = choose_device(config.runtime.device, 0)
     full = "full" in (config.train.language, config.train.vision)
     dtype, _ = choose_dtype(config.runtime.precision, device, full_training=full)

@@ -203,17 +203,15 @@ def _quantize_chunk(flat: Tensor, start: int, size: int, columns: int, label: st
 def _quantize_absmax(centred: Tensor) -> tuple[Tensor, Tensor]:
     """Codes uint8 [blocks] and absmax2 fp32 [ceil(blocks / 256)] of fp32 [blocks], on the CPU.
 
-    As in bitsandbytes a value is first rounded to one of 65,536 even steps of [-1, 1], with one rounding for
-    65535 * t + 0.5 (a fused multiply-add: fp64 holds it exactly), and a block of zeros gets code 0.
+    As in bitsandbytes a value is first rounded to one of 65,536 even steps of [-1, 1]; a block of zeros gets code 0.
     """
     blocks = centred.numel()
     padded = F.pad(centred, (0, -blocks % BLOCK2)).view(-1, BLOCK2)
     absmax2 = padded.abs().amax(dim=1)
     scaled = (padded * (1.0 / absmax2)[:, None]).clamp_(-1.0, 1.0)
-    unit = (scaled + 1.0) * 0.5
-    step = (unit.double() * 65535.0 + 0.5).float()
-    step = step.nan_to_num_(nan=0.0).int()  # 0 * inf: a zero block, or zeros beside a denormal absmax2
-    return _absmax_table()[step].view(-1)[:blocks], absmax2
+    step = (scaled + 1.0) * 0.5 * 65535.0 + 0.5
+    step.nan_to_num_(nan=0.0)  # 0 * inf: a zero block, or zeros beside a denormal absmax2
+    return _absmax_table()[step.int()].view(-1)[:blocks], absmax2
 
 
 @cache

@@ -10,9 +10,9 @@ act is computed again, which halves what eager torch saves.
     backward   dz = da * act'(z + b1), a again, db1 = sum dz  reads da, z, writes dz, a           4 streams
                db1 in fp32 partial sums over fixed chunks of tokens, added in order: repeatable
 
-Each act is z gate(z). The gate is sigmoid of z (silu), 1.702 z (quick_gelu) or 2 sqrt(2/pi) (z + 0.044715 z^3)
-(gelu_tanh); for gelu it is the normal distribution Phi(z), by Abramowitz and Stegun 7.1.26 (absolute error below 7.5e-8,
-less than fp32 torch loses in 1 + erf), whose exponential the derivative needs anyway.
+Each act is z gate(z). The gate is the sigmoid of z (silu), 1.702 z (quick_gelu) or 2 sqrt(2/pi) (z + 0.044715 z^3)
+(gelu_tanh); for gelu it is the normal distribution Phi(z), by Abramowitz and Stegun 7.1.26 (absolute error below
+7.5e-8, less than fp32 torch loses in 1 + erf), whose exponential the derivative needs anyway.
 """
 
 # mypy: allow-untyped-decorators

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.dispatch import record, wide
+from kernels.dispatch import record
 
 
 def rope_table(
@@ -33,12 +33,12 @@ def rope_table(
 
 
 def rope_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """x [T, H, d] turned by cos, sin [T, d/2]."""
+    """x [T, H, d] turned by cos, sin [T, d/2], whose fp32 makes the products fp32."""
     cos, sin = cos[:, None], sin[:, None]  # [T, 1, d/2]
     if interleaved:
-        a, b = wide(x[..., ::2]), wide(x[..., 1::2])
+        a, b = x[..., ::2], x[..., 1::2]
         return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
-    a, b = wide(x).chunk(2, dim=-1)
+    a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
 
 

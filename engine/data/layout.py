@@ -44,13 +44,14 @@ class Layout:
 
         Id 0 (<unk>, which is also the padding of LaVIN's data) is never a target.
         """
-        text = ""
+        text, ids = "", list[int]()
         borders = []  # of each answer, in tokens
         for prompt, answer in turns:
             start = len(self._encode(text + prompt))
             text += prompt + answer
-            borders.append((start, len(self._encode(text))))
-        ids = [*self._encode(text), self.tokenizer.eos_id]
+            ids = self._encode(text)
+            borders.append((start, len(ids)))
+        ids.append(self.tokenizer.eos_id)
         borders[-1] = (borders[-1][0], len(ids))
         labels = [IGNORE] * len(ids)
         for start, end in borders:

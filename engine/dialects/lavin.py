@@ -120,9 +120,9 @@ def train(flags: Sequence[Flag], recipe: Config | None) -> tuple[list[Flag], lis
 
 
 def evaluate(flags: Sequence[Flag]) -> tuple[list[Flag], list[str]]:
-    """Like `train`, for eval.py. LaVIN generates every answer, and so does this line."""
+    """Like `train`, for eval.py. Where LaVIN generates every answer, the letters are compared (--generate generates)."""
     given = {flag.name: flag for flag in flags if flag.name in EVAL}
-    front = [*_defaults(EVAL), _set("generate", "True"), *_weights(given, "ckpt_dir", None), *_options(given)]
+    front = [*_defaults(EVAL), *_weights(given, "ckpt_dir", None), *_options(given)]
     front.append(_set("dataset.root", _value(given, "data_root", DATA_ROOT)))
     return [*front, *_translated(flags, EVAL)], _notes(given, EVAL, None)
 

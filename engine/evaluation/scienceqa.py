@@ -26,6 +26,12 @@ def evaluate(config: EvalConfig, notes: Sequence[str]) -> int:
     """Prints the table, writes scores and predictions. Returns the exit code."""
     for note in notes:
         print(f"warning: {note}", file=sys.stderr)
+    if config.legacy.clip_router and not config.generate:
+        raise UsageError(
+            "--legacy.clip_router without --generate", where="command line",
+            why="what a picture is batched with only matters where LaVIN's batches are reproduced",
+            do="add --generate, and --max_batch_size as LaVIN's line had it",
+        )  # fmt: skip
     trained = _open(config)
     print(f"weights: {trained.weights}", file=sys.stderr)
     dataset = open_scienceqa(trained.config, trained.tokenizer, config.split)
@@ -105,7 +111,7 @@ def _generate(trained: Trained, dataset: ScienceQA, config: EvalConfig, count: i
     legacy = config.legacy
     sampling = Sampling(
         max_new_tokens=config.max_new_tokens, temperature=config.generation_temperature, top_p=config.top_p,
-        seed=config.seed, legacy_positions=legacy.decode_positions,
+        seed=config.seed, legacy_positions=legacy.decode_positions, legacy_clip_router=legacy.clip_router,
     )  # fmt: skip
     tokenizer = trained.tokenizer
     guesses = random.Random(config.seed)

@@ -52,8 +52,14 @@ def format_table(rows: Mapping[str, Mapping[str, float]]) -> str:
     """Named score tables as aligned text, one row each."""
     width = max(map(len, rows), default=0)
     lines = [" " * width + "".join(f"{group:>9}" for group in GROUPS)]
-    lines += [f"{name:<{width}}" + "".join(f"{table[group]:>9.2f}" for group in GROUPS) for name, table in rows.items()]
+    for name, table in rows.items():
+        lines.append(f"{name:<{width}}" + "".join(f"{percent(table[group]):>9}" for group in GROUPS))
     return "\n".join(lines)
+
+
+def percent(score: float) -> str:
+    """Two decimals, or a dash where there was nothing to score."""
+    return "-" if math.isnan(score) else f"{score:.2f}"
 
 
 def parse_answer(text: str, num_choices: int, letters: str) -> int | None:

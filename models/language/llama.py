@@ -104,7 +104,7 @@ class Block(nn.Module):
         super().__init__()
         self.index = index
         self.drop_path = 0.0  # probability that a segment skips a branch in training
-        self.legacy_routing = False  # LaVIN's eval model routes the MLP adapter by mlp_norm(x) before attention
+        self.legacy_routing = False  # evaluate as LaVIN: the MLP adapter is routed by the stream before attention
         self.attention_norm = Norm(config.dim, config.norm_eps, bias=False)
         self.attention = Attention(config)
         self.mlp_norm = Norm(config.dim, config.norm_eps, bias=False)
@@ -115,7 +115,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:  # [T, D] -> [T, D]
         h = self._norm(x, self.attention_norm, self.attention_adapter, context, cache)
         x_attended = x + self._drop_path(self.attention(h, context, cache), context, 0)
-        routed_by = x if self.legacy_routing else x_attended
+        routed_by = x if self.legacy_routing and not self.training else x_attended
         h = self._norm(x_attended, self.mlp_norm, self.mlp_adapter, context, cache, routed_by)
         return x_attended + self._drop_path(self.mlp(h), context, 1)
 

@@ -110,13 +110,14 @@ def test_saving_a_step_again_replaces_it(tmp_path):
 
 
 def test_too_little_disk_is_an_error_before_anything_changes(tmp_path, monkeypatch):
-    save_checkpoint(tmp_path, 1, some_tensors(), {"n": 1}, keep=1)
+    tensors = {"w": torch.zeros(100_000)}
+    save_checkpoint(tmp_path, 1, tensors, {"n": 1}, keep=1)
     before = names(tmp_path)
     size = sum(f.stat().st_size for f in (tmp_path / "step-1").iterdir())
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - size, int(1.1 * size)))
     with pytest.raises(CheckpointError, match=r"step-2 needs .* free") as caught:
-        save_checkpoint(tmp_path, 2, some_tensors(), {}, keep=1)
+        save_checkpoint(tmp_path, 2, tensors, {}, keep=1)
     assert caught.value.exit_code == 7
     assert names(tmp_path) == before
     assert load_checkpoint(find_latest(tmp_path))[1] == {"n": 1}
@@ -160,6 +161,16 @@ def test_damaged_candidates_are_named_and_the_one_before_is_taken(tmp_path, capl
     assert "step-3 is damaged: manifest.json" in caplog.text
     assert "step-2 is damaged: model.safetensors has crc32" in caplog.text
     assert find_latest(tmp_path, verify="size").name == "step-2"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.json", "manifest.json"])
+def test_the_quick_check_sees_what_is_missing_or_short(tmp_path, name):
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, some_tensors(), STATE, keep=9)
+    (tmp_path / "step-3" / name).unlink()
+    data = (tmp_path / "step-2" / name).read_bytes()
+    (tmp_path / "step-2" / name).write_bytes(data[:-1])
+    assert find_latest(tmp_path, verify="size").name == "step-1"
 
 
 def test_only_damaged_checkpoints_are_an_error_not_a_start_from_zero(tmp_path):

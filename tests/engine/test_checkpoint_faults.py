@@ -151,4 +151,6 @@ def test_everything_is_durable_before_it_gets_its_name_and_before_anything_old_g
         assert last[temporary]["fsync"] > last[path]["create"], path
     removed = next(i for i, entry in enumerate(log) if entry[0] == "rename" and "/.del-step-1" in entry[2])
     synced = [i for i, entry in enumerate(log) if entry == ("fsync", str(run))]
-    assert any(published < i < removed for i in synced)
+    pointed = next(i for i, entry in enumerate(log) if entry[0] == "replace" and entry[2].endswith("/latest"))
+    assert any(published < i < pointed for i in synced)
+    assert pointed < removed

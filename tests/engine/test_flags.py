@@ -12,6 +12,7 @@ import pytest
 from engine.config import ChatConfig, Config, EvalConfig, leaves
 from engine.errors import UsageError
 from engine.flags import parse_chat, parse_eval, parse_train
+from engine.suggest import closest
 
 FROZEN = Path(__file__).with_name("flags.json")
 
@@ -132,3 +133,14 @@ except SystemExit as stopped:
     assert done.returncode == 0, done.stdout + done.stderr
     for expected in ("--runtime.device", "(default: auto)"):
         assert expected in done.stdout
+
+
+@pytest.mark.parametrize("tree", [Config, EvalConfig, ChatConfig])
+def test_misspelt_flags_find_the_one_that_was_meant(tree: type) -> None:
+    """Each flag with a letter too many, one too few at its end or start, and without its underscores."""
+    known = leaves(tree)
+    for path in known:
+        group, dot, last = path.rpartition(".")
+        misspelt = {path + path[-1], path[:-1], group + dot + last[1:], path.replace("_", "")} - known.keys()
+        misspelt.discard("optim.beta")  # as near to beta1 as to beta2
+        assert {wrong: closest(wrong, known) for wrong in misspelt} == dict.fromkeys(misspelt, path)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine import lock
 from engine.checkpoint import save_checkpoint
 from engine.environment import describe_environment
 from engine.errors import UsageError
@@ -121,8 +122,8 @@ def test_a_killed_holder_is_named_and_replaced(tmp_path, holder, reaped, caplog)
     ],
 )
 def test_who_counts_as_alive(tmp_path, holder, change, is_free):
-    lock = tmp_path / "run/.lock"
-    lock.write_text(json.dumps({**json.loads(lock.read_text()), **change}))
+    file = tmp_path / "run/.lock"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     if is_free:
         RunDir(tmp_path / "run").claim().release()
         return
@@ -143,6 +144,12 @@ def test_release_leaves_another_process_lock_alone(tmp_path, holder):
     assert json.loads(before)["host"] == socket.gethostname()
 
 
+def parse_slowly(text: str, parse=lock._parse):
+    """Between reading the lock and writing it there is time enough to be overtaken."""
+    time.sleep(0.05)
+    return parse(text)
+
+
 def test_of_many_that_start_at_once_one_gets_the_directory(tmp_path):
     """All find the same stale lock; taking it over must not let two in."""
     stale = {"pid": 99999999, "host": socket.gethostname(), "boot_id": "x", "started": 1, "since": "then"}
@@ -155,6 +162,7 @@ def test_of_many_that_start_at_once_one_gets_the_directory(tmp_path):
         if child == 0:
             code = 1
             try:
+                lock._parse = parse_slowly
                 time.sleep(max(0.0, start - time.time()))
                 RunDir(tmp_path / "run").claim()
                 code = 0

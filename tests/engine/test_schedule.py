@@ -5,17 +5,12 @@ from itertools import pairwise
 
 import pytest
 
-from engine.schedule import CosineSchedule, peak_lr
+from engine.config import Optim
+from engine.schedule import CosineSchedule
 
 # LaVIN's ScienceQA recipe: blr 9e-3, 32 samples a step, 12,726 samples, 20 epochs, 2 of warm-up
 STEPS = 12726 // 32
-LAVIN = CosineSchedule(lr=peak_lr(None, 9e-3, 32), min_lr=0.0, epochs=20, warmup_epochs=2, steps_per_epoch=STEPS)
-
-
-def test_the_peak_follows_the_batch_unless_it_is_given():
-    assert peak_lr(None, 9e-3, 32) == pytest.approx(1.125e-3)
-    assert peak_lr(2e-4, 9e-3, 32) == 2e-4
-    assert peak_lr(0.0, 9e-3, 32) == 0.0
+LAVIN = CosineSchedule(lr=Optim().peak_lr(num_ranks=1), min_lr=0.0, epochs=20, warmup_epochs=2, steps_per_epoch=STEPS)
 
 
 def test_lavin_values():

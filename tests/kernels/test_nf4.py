@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels import nf4
+from kernels.dispatch import set_backend
 from kernels.nf4 import NF4Tensor, dequantize_nf4, quantize_nf4
 
 functional: Any = pytest.importorskip("bitsandbytes.functional")
@@ -90,6 +92,15 @@ def test_values_on_and_beside_the_bounds() -> None:
         assert_equals_bitsandbytes((row * scale).repeat(5, 1))
 
 
+def test_bounds_in_a_short_block() -> None:
+    """The last block divides where full blocks multiply by the reciprocal."""
+    torch.manual_seed(9)
+    bounds = nf4._level_bounds(torch.device("cpu"))
+    for scale in torch.rand(200) + 0.5:
+        row = torch.cat([torch.ones(1), bounds]) * scale
+        assert_equals_bitsandbytes(torch.cat([row, row.nextafter(torch.tensor(9.0))[1:]])[None])
+
+
 def test_the_steps_of_the_absmax_codes() -> None:
     """Differences that fall on, and one ulp beside, each of the 65,536 steps that bitsandbytes looks up."""
     middle = (torch.arange(65536, dtype=torch.float64) - 0.5) / 32767.5 - 1.0
@@ -161,6 +172,21 @@ def test_non_finite_weight_is_named(value: float, index: tuple[int, int], monkey
 def test_what_is_not_a_weight_is_refused(weight: Tensor) -> None:
     with pytest.raises(ValueError, match="head: NF4 takes"):
         quantize_nf4(weight, "head")
+
+
+def test_explicit_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu: Any = SimpleNamespace(is_cuda=True, dtype=torch.uint8, device=torch.device("cuda"))
+    previous = set_backend("cuda")
+    try:
+        monkeypatch.setattr(nf4, "_bitsandbytes_has_cuda", lambda: False)
+        with pytest.raises(ValueError, match="dequantize_nf4 has no 'cuda' implementation"):
+            nf4._backend(on_gpu)
+        monkeypatch.setattr(nf4, "_bitsandbytes_has_cuda", lambda: True)
+        assert nf4._backend(on_gpu) == "cuda"
+        set_backend("reference")
+        assert nf4._backend(on_gpu) == "reference"
+    finally:
+        set_backend(previous)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -108,7 +108,7 @@ def eager(c: Case, leaves: list[Tensor]) -> Tensor:
         n = F.layer_norm(x, x.shape[-1:], c.norm_weight, c.norm_bias, EPS)
     u = F.linear(n, down_w, down_b)
     if c.dropout:
-        u = u * keep_mask(c.seed, c.site, *u.shape, c.dropout, u.device).to(u.dtype) / (1 - c.dropout)  # type: ignore
+        u = u * keep_mask(c.seed, c.site, *u.shape, c.dropout, u.device).to(u.dtype) / (1 - c.dropout)
     half, middle = u.shape[1] // 2, x.shape[1] // 2
     e = []
     for weight, bias in ((up0_w, up0_b), (up1_w, up1_b)):
@@ -155,8 +155,9 @@ def test_widths_of_the_code(backend: str, h: int, device: torch.device) -> None:
     assert_accurate(case(19, 66, torch.float32, device, h=h, dropout=0.25))
 
 
-@pytest.mark.parametrize("routers", [None, 1, 2, 37])
-@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize(
+    ("routers", "index"), [(None, torch.int64), (1, torch.int32), (2, torch.int64), (37, torch.int32)], ids=str
+)
 def test_routing(backend: str, routers: int | None, index: torch.dtype, device: torch.device) -> None:
     c = case(530, 64, torch.float32, device, routers=routers)  # more tokens than one step of the sum over them
     assert_accurate(c if c.row is None else replace(c, row=c.row.to(index)))
@@ -184,6 +185,17 @@ def test_zero_up_projections_leave_the_norm(
     y = results(ours, c)[0]
     assert (y != plain).float().mean() < (0.5 if dtype == torch.float32 else 0.01)  # last bits of the statistics
     torch.testing.assert_close(y, plain, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("layer", [False, True], ids=["rms", "layer"])
+def test_n_is_rounded_as_the_plain_norms_round_it(triton_backend: None, layer: bool, device: torch.device) -> None:
+    """So that adapter, router and plain norm see one n: fp16 results are the reference's but for rare last bits."""
+    c = case(64, 96, torch.float16, device, layer=layer)
+    y = results(ours, c)[0]
+    expected = norm_mma_reference(
+        c.x, c.norm_weight, c.norm_bias, EPS, c.adapter, c.mix, c.row, c.scale, c.dropout, c.seed, c.site
+    )  # fmt: skip
+    assert (y != expected).float().mean() < 0.01
 
 
 def test_strided_input_and_gradient(backend: str, device: torch.device) -> None:
@@ -231,7 +243,7 @@ def test_a_frozen_adapter_costs_no_gradient(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_results_repeat_bit_for_bit(triton_backend: None, dtype: torch.dtype, device: torch.device) -> None:
-    c = case(600, 64, dtype, device, routers=5, dropout=0.1)  # three chunks of tokens
+    c = case(300, 64, dtype, device, routers=5, dropout=0.1)  # two chunks of tokens
     first, second = results(ours, c), results(ours, c)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 

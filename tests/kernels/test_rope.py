@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from kernels.rope import rope, rope_reference, rope_table
-from tests.kernels.tolerance import assert_within_twice
+from tests.kernels.tolerance import assert_rounded_once, assert_within_twice
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LAYOUTS = pytest.mark.parametrize("interleaved", [True, False])
@@ -49,12 +49,14 @@ def test_error_is_torchs_own(tokens: int, head_dim: int, dtype: torch.dtype, int
         y = expression(theirs, cos[positions], sin[positions], interleaved)
         reference = expression(wide, cos[positions], sin[positions], interleaved)
         assert_within_twice(out.detach(), y.detach(), reference.detach(), "out")
+        assert_rounded_once(out.detach(), reference.detach(), "out")
         y.backward(grad)
         reference.backward(grad.double())
         assert leaf.grad is not None
         assert theirs.grad is not None
         assert wide.grad is not None
         assert_within_twice(leaf.grad, theirs.grad, wide.grad, "grad")
+        assert_rounded_once(leaf.grad, wide.grad, "grad")
 
 
 def test_interleaved_is_a_complex_product() -> None:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.swiglu import swiglu, swiglu_reference
-from tests.kernels.tolerance import assert_within_twice
+from tests.kernels.tolerance import assert_rounded_once, assert_within_twice
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -27,6 +27,7 @@ def test_error_is_torchs_own(tokens: int, width: int, dtype: torch.dtype) -> Non
     reference = run(lambda g, u: F.silu(g) * u, gate.double(), up.double(), grad)
     for name, *values in zip(("h", "dgate", "dup"), ours, expression, reference, strict=True):
         assert_within_twice(*values, name)
+        assert_rounded_once(values[0], values[2], name)
 
 
 def test_gradcheck() -> None:

@@ -4,7 +4,7 @@ sample, an explicit mask, complex RoPE, grouped convolutions. It shares nothing 
     index 0 of a row   modality token: sees itself only, is seen by nobody
     index j + 1        token j of the sample (image tokens included), then right padding
 
-It computes in the dtype of the weights it is given; the tests give it fp64.
+It computes in the dtype of the weights it is given (the tests give it fp64), as LaVIN's evaluation does: no dropout.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def pad(samples: Sequence[Sample], images: Sequence[Tensor | None], image_size: 
 
 
 class PaddedReference:
-    """The joint model over a dict of tensors (gradients flow to those that ask for one); no dropout.
+    """The joint model over a dict of tensors (gradients flow to those that ask for one).
 
     `micro_batch` only matters to the legacy router of the tower: how many samples LaVIN sees together.
     """
@@ -152,9 +152,9 @@ class PaddedReference:
     def rope(self, x: Tensor, positions: Tensor) -> Tensor:
         """x [B, S, H, d], positions [B, S]: dimensions 2i and 2i + 1 are one complex number."""
         d = x.shape[-1]
-        frequency = 1.0 / self.config.language.rope_theta ** (torch.arange(0, d, 2).double() / d)
-        angle = positions.double()[..., None] * frequency  # [B, S, d / 2]
-        turn = torch.polar(torch.ones_like(angle), angle)[:, :, None]
+        frequency = 1.0 / self.config.language.rope_theta ** (torch.arange(0, d, 2).float() / d)
+        angle = positions.float()[..., None] * frequency  # [B, S, d / 2]; LLaMA's table is fp32
+        turn = torch.polar(torch.ones_like(angle), angle).to(torch.complex128)[:, :, None]
         pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous())
         return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
 

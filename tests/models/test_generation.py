@@ -17,7 +17,7 @@ NEVER = -1  # no token has this id
 BATCHES = {
     "mixed": [(14, False), (31, True), (11, True), (12, False), (26, True)],
     "text": [(9, False), (2, False), (30, False)],
-    "images": [(11, True), (40, True)],
+    "images": [(11, True), (40, True), (25, True), (18, True)],
     "one": [(13, True)],
 }
 CONFIGS = [
@@ -38,38 +38,35 @@ def prompts_of(batch: str) -> tuple[list[Sample], list[Tensor | None]]:
 def legacy_positions(width: int, shortest: int) -> Tensor:
     """LaVIN prefills [modality] + tokens[0 : shortest] at positions 0, 1, 2, ...; after that token j of a text, given
     or written, goes through the model alone and at position j."""
-    positions = [0]
-    for j in range(width - 1):
-        in_prefill = j < shortest
-        positions.append(j + 1 if in_prefill else j)
-    return torch.tensor(positions)
+    return torch.tensor([[0] + [j + 1 if j < shortest else j for j in range(width - 1)]])
 
 
 def greedy(
-    model: VisionLanguageModel, samples: list[Sample], tiles: list[Tensor | None], eos_id: int, *, legacy: bool
-) -> list[list[int]]:
-    """The likeliest token, again and again, from one whole padded forward pass for each token of each prompt."""
+    model: VisionLanguageModel, samples: list[Sample], tiles: list[Tensor | None], eos_id: int = NEVER, *,
+    legacy: bool = False,
+) -> list[list[int]]:  # fmt: skip
+    """The likeliest token, again and again, each from a whole padded forward pass of all that is written so far."""
     weights = {name: parameter.detach().double() for name, parameter in model.named_parameters()}
     reference = PaddedReference(model.config, weights)
-    shortest = min(len(sample.input_ids) for sample in samples)
-    answers = []
-    for sample, tile in zip(samples, tiles, strict=True):
-        ids = list(sample.input_ids)
-        while len(ids) < len(sample.input_ids) + NEW_TOKENS:
-            longer = Sample(sample.id, ids, [IGNORE] * len(ids), None, sample.image_slots, truncated=False)
-            batch = pad([longer], [tile], IMAGE_SIZE)
-            positions = legacy_positions(1 + len(ids), shortest)[None] if legacy else None
-            token = int(reference.logits(batch, positions=positions)[0, -1].argmax())
-            if token == eos_id:
-                break
-            ids.append(token)
-        answers.append(ids[len(sample.input_ids) :])
-    return answers
+    lengths = [len(sample.input_ids) for sample in samples]
+    texts = [list(sample.input_ids) for sample in samples]
+    for _ in range(NEW_TOKENS):
+        labels = [[IGNORE] * len(ids) for ids in texts]
+        longer = [
+            Sample(s.id, i, n, None, s.image_slots, False) for s, i, n in zip(samples, texts, labels, strict=True)
+        ]
+        batch = pad(longer, tiles, IMAGE_SIZE)
+        positions = legacy_positions(batch.input_ids.shape[1], min(lengths)) if legacy else None
+        logits = reference.logits(batch, positions=positions)
+        for ids, row in zip(texts, logits, strict=True):
+            ids.append(int(row[len(ids)].argmax()))  # the last token's row: the modality token comes first
+    answers = [ids[length:] for ids, length in zip(texts, lengths, strict=True)]
+    return [answer[: answer.index(eos_id)] if eos_id in answer else answer for answer in answers]
 
 
 def decode(
     model: VisionLanguageModel, samples: list[Sample], tiles: list[Tensor | None], eos_id: int = NEVER,
-    **sampling: float,
+    **sampling: float | bool,
 ) -> list[list[int]]:  # fmt: skip
     options = Sampling(**{"max_new_tokens": NEW_TOKENS, "temperature": 0.0, **sampling})
     return generate(model, samples, tiles, sampling=options, eos_id=eos_id, device=torch.device("cpu"))
@@ -80,9 +77,20 @@ def decode(
 @pytest.mark.parametrize("config", CONFIGS, ids=["attn", "block", "normal", "block_routing"])
 def test_cached_decoding_writes_what_the_padded_formulas_write(config: VLMConfig, batch: str, legacy: bool) -> None:
     model, (samples, tiles) = tiny_model(config), prompts_of(batch)
-    expected = greedy(model, samples, tiles, NEVER, legacy=legacy)
+    expected = greedy(model, samples, tiles, legacy=legacy)
     assert len({tuple(answer) for answer in expected}) == len(expected), "the prompts do not matter"
     assert decode(model, samples, tiles, legacy_positions=legacy) == expected
+
+
+@pytest.mark.parametrize("vision_placement", ["router", "router_block"])
+@pytest.mark.parametrize("batch", ["mixed", "images"])
+def test_legacy_routing_lets_the_first_sample_route_all_images(batch: str, vision_placement: str) -> None:
+    """In the mixed batch it is a text sample: zeros route."""
+    legacy = tiny_config(vision_placement=vision_placement, legacy=Legacy(clip_router=True))
+    model, (samples, tiles) = tiny_model(legacy), prompts_of(batch)
+    expected = greedy(model, samples, tiles)
+    assert decode(model, samples, tiles, legacy_clip_router=True) == expected
+    assert decode(tiny_model(tiny_config(vision_placement=vision_placement)), samples, tiles) != expected
 
 
 def test_legacy_positions_matter() -> None:
@@ -92,9 +100,9 @@ def test_legacy_positions_matter() -> None:
 
 def test_each_answer_ends_at_its_own_end_of_sequence() -> None:
     model, (samples, tiles) = tiny_model(tiny_config()), prompts_of("mixed")
-    free = greedy(model, samples, tiles, NEVER, legacy=False)
+    free = greedy(model, samples, tiles)
     eos_id = free[1][NEW_TOKENS // 2]
-    expected = greedy(model, samples, tiles, eos_id, legacy=False)
+    expected = greedy(model, samples, tiles, eos_id)
     assert len({len(answer) for answer in expected}) > 1
     assert decode(model, samples, tiles, eos_id) == expected
 

@@ -69,7 +69,7 @@ def label(config: VLMConfig) -> str:
 @pytest.fixture(params=["fp64", "fp32", "cuda"])
 def place(request: pytest.FixtureRequest) -> Iterator[tuple[torch.device, torch.dtype, float]]:
     """Where and in which dtype the model runs, and the absolute error that is granted on top of the relative one:
-    the router's gradients are small differences of sums over all tokens, and RoPE's table is fp32 in both."""
+    the router's gradients are small differences of sums over all tokens, and weights of targets are always fp32."""
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")
     if request.param == "fp64":
@@ -138,6 +138,27 @@ def test_logits_at_supervised_rows_are_those_of_the_padded_formulas(
         with torch.no_grad():
             got = model.logits(model.hidden(pack.to(device))[pack.supervised[: len(rows)].to(device)])
         assert_close(got, rows, "logits")
+
+
+def test_legacy_block_routing_is_for_evaluation() -> None:
+    """LaVIN trained with the routing of the formulas."""
+    plain, legacy = (
+        tiny_model(tiny_config(language_placement="block", legacy=Legacy(block_routing=switch)))
+        for switch in (False, True)
+    )
+    assert not torch.equal(step_loss(legacy), step_loss(plain))
+    assert torch.equal(step_loss(legacy.train()), step_loss(plain.train()))
+
+
+def test_positions_go_on_past_the_first_rope_table() -> None:
+    layout = [(2048, False), (30, True), (2300, False)]
+    model, (samples, tiles) = tiny_model(tiny_config(num_layers=1)).double(), random_samples(layout)
+    for sample, tile in zip(samples, tiles, strict=True):
+        batch = pad([sample], [tile], IMAGE_SIZE)
+        with torch.no_grad():
+            expected = reference_of(model).logits(batch)[0, 1:]
+            got = model.logits(model.hidden(collate([sample], token_weights([sample], "token"), [tile])))
+        assert_close(got[2 : 2 + len(expected)], expected, "logits")
 
 
 def test_text_only_packs_leave_the_tower_alone() -> None:

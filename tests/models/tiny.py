@@ -38,7 +38,7 @@ def tiny_config(*, ffn_dim: int = 48, num_layers: int = 3, dropout: float = 0.1,
 
 
 def tiny_model(config: VLMConfig, seed: int = 0) -> VisionLanguageModel:
-    """The model in fp32 with every tensor drawn anew: activations of order one, norms around one, no zero anywhere."""
+    """The model in fp32, for evaluation, with every tensor drawn anew: norms around one, routers that take sides."""
     model = VisionLanguageModel(config)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(model.named_parameters()):
@@ -48,9 +48,9 @@ def tiny_model(config: VLMConfig, seed: int = 0) -> VisionLanguageModel:
         elif name.endswith("bias") or "embedding" in name or "embed" in name:
             noise = 0.5 * noise
         else:
-            noise /= parameter[0].numel() ** 0.5
+            noise *= (4.0 if ".router." in name else 1.0) / parameter[0].numel() ** 0.5
         parameter.data.copy_(noise)
-    return model
+    return model.eval()
 
 
 def random_samples(layout: Sequence[tuple[int, bool]], seed: int = 0) -> tuple[list[Sample], list[Tensor | None]]:

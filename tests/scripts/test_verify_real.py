@@ -40,9 +40,8 @@ def test_verdict(
 def test_line_is_one_that_eval_understands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[list[str]] = []
     monkeypatch.setattr(verify_real, "evaluate", lambda line: lines.append(line) or 89.41)
-    verify_real.main(
-        [*lay_out(tmp_path), "--model", "vicuna-7b", "--bits", "4bit", "--runtime.tokens_per_batch", "4096"]
-    )
+    flags = ["--model", "vicuna-7b", "--bits", "4bit", "--runtime.tokens_per_batch", "4096"]
+    verify_real.main([*lay_out(tmp_path), *flags])
     config, notes = parse_eval(lines[0])
     assert (config.bits, config.split, config.generate, config.adapter.temperature) == ("4bit", "test", True, 10.0)
     assert config.model.language == str(tmp_path / "W/7B")

@@ -63,3 +63,7 @@ def test_samples_that_cannot_be_spread() -> None:
     for lengths, ranks in (([5, 5, 5], 2), ([5], 2), ([], 1), ([5, 0], 1)):
         with pytest.raises(ValueError, match="needs a positive multiple"):
             plan_packs(lengths, 2048, ranks)
+
+
+def test_saving_padding_never_empties_a_pack() -> None:
+    assert plan_packs([127, 127], 2048, ranks=2) == [[0], [1]]  # one pack of both would have fewer rows

@@ -261,7 +261,7 @@ def test_evaluation_line_of_the_lite_script() -> None:
     config, notes = parse_eval(EVAL_7B_LITE.split())
     assert config.adapter.init == "./LaVIN-7B-lite/checkpoint-19.pth"
     assert (config.model.language, config.model.tokenizer) == ("../data/weights/7B", "../data/weights/tokenizer.model")
-    assert (config.split, config.bits, config.max_batch_size, config.generate) == ("test", "4bit", 64, True)
+    assert (config.split, config.bits, config.max_batch_size, config.generate) == ("test", "4bit", 64, False)
     assert (config.generation_temperature, config.top_p, config.max_new_tokens) == (0.1, 0.75, 64)
     assert (config.adapter.temperature, config.adapter.vision, config.adapter.language) == (10.0, "router", "attn")
     assert (config.dataset.root, config.dataset.captions) == ("../data", "../data/captions.json")

@@ -75,6 +75,7 @@ def test_a_truncated_file_is_named(tmp_path: Path, name: str, keep: float) -> No
     assert "get the file again" in str(caught.value)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pth", "w.old"])
 def test_flipped_bits_give_tensors_or_a_weights_error(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / name)

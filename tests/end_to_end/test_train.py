@@ -1,0 +1,124 @@
+"""train.py from flags to files, on a model of a few thousand parameters."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.checkpoint import find_latest, load_checkpoint
+from engine.signals import StopSignals
+from models.weights.lavin import read_lavin_args
+from tests.end_to_end.conftest import Train, World
+
+REPOSITORY = Path(__file__).parents[2]
+SHORT = ["--optim.batch_size", "8", "--optim.epochs", "2", "--optim.warmup_epochs", "0.5", "--optim.lr", "0.02"]
+
+
+def last_weights(run: Path) -> dict[str, torch.Tensor]:
+    step = find_latest(run)
+    assert step is not None
+    return load_checkpoint(step)[0]
+
+
+@pytest.mark.parametrize("bits", ["16bit", "8bit", "4bit"])
+def test_each_width_learns_and_writes_its_run(
+    world: World, type_train: Train, tmp_path: Path, bits: str
+) -> None:  # fmt: skip
+    flags = [*world.scienceqa, *SHORT, "--bits", bits, "--optim.epochs", "8", "--log.evaluate", "both"]
+    assert type_train(*flags) == 0
+    run = tmp_path / "run"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["loss"] < rows[0]["loss"] - 1
+    final = json.loads((run / "metrics_final.json").read_text())
+    assert final["steps"] == 24 and final["trainable_parameters"] > 0 and 0 < final["packing_efficiency"] <= 1
+    assert set(final["accuracy"]) == set(final["accuracy_before"])
+    assert json.loads((run / "exit.json").read_text())["code"] == 0
+    for name in ("config.yaml", "command.txt", "env.json", "metrics.csv", "loss.svg", "log.txt", "REPORT.md", "latest"):
+        assert (run / name).stat().st_size > 0, name
+
+
+class StopAt(StopSignals):
+    """Behaves as if a signal came during the given step."""
+
+    step = 0
+
+    def __enter__(self) -> StopAt:
+        self.asked = 0
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def stop_requested(self) -> bool:
+        self.asked += 1
+        return self.asked == self.step
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3, 4, 5])
+def test_stopping_at_any_step_and_resuming_is_the_same_run(
+    world: World, type_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int
+) -> None:
+    flags = [*world.scienceqa, *SHORT]  # 3 steps an epoch, 6 in all
+    assert type_train(*flags, name="whole") == 0
+    monkeypatch.setattr("engine.run.StopSignals", type("Stop", (StopAt,), {"step": stop_after}))
+    assert type_train(*flags, name="parts") == 75
+    assert json.loads((tmp_path / "parts" / "exit.json").read_text())["stopped"] is True
+    monkeypatch.undo()
+    assert type_train(*flags, "--resume", "auto", name="parts") == 0
+    whole, parts = last_weights(tmp_path / "whole"), last_weights(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    different = [name for name in whole if not torch.equal(whole[name], parts[name])]
+    assert not different
+
+
+def test_two_ranks_are_one_rank(world: World, tmp_path: Path) -> None:
+    """The same samples a step, without dropout (its mask belongs to the pack): the same weights."""
+    flags = [*world.scienceqa, *SHORT, "--adapter.dropout", "0", "--optim.reduction", "micro_batch"]
+    for ranks, batch in ((1, 4), (2, 4)):
+        accumulate = ["--optim.batch_size", str(batch), "--optim.accum_iter", str(2 // ranks)]
+        line = [*flags, *accumulate, "--output_dir", str(tmp_path / f"ranks-{ranks}")]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        done = subprocess.run(
+            [*command, str(REPOSITORY / "train.py"), *line], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = last_weights(tmp_path / "ranks-1"), last_weights(tmp_path / "ranks-2")
+    for name in one:
+        if not name.startswith("optimizer"):
+            scale = one[name].abs().max().clamp(min=1e-3)
+            assert ((one[name] - two[name]).abs().max() / scale) < 1e-3, name
+
+
+def test_your_own_rows_with_validation_keep_the_best_step(world: World, type_train: Train, tmp_path: Path) -> None:
+    flags = [*world.base, "--data", world.rows, "--image_folder", world.rows.parent, "--eval_data", world.rows]
+    assert type_train(*flags, "--eval_every", 2, "--optim.batch_size", 4, "--optim.epochs", 4, "--optim.lr", 0.01) == 0
+    run = tmp_path / "run"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}
+    assert list(losses) == [2, 4, 6, 8, 10, 12]
+    best = min(losses, key=lambda step: losses[step])
+    assert (run / "best").read_text().strip() == f"step-{best}" and (run / f"step-{best}").is_dir()
+
+
+def test_lavin_checkpoints_stand_where_its_next_command_reads_them(
+    world: World, type_train: Train, tmp_path: Path
+) -> None:
+    assert type_train(*world.scienceqa, *SHORT, "--log.lavin_checkpoints") == 0
+    saved = torch.load(tmp_path / "run" / "checkpoint-1.pth", weights_only=True)
+    assert saved["epoch"] == 1 and not (tmp_path / "run" / "checkpoint-2.pth").exists()
+    assert "module.layers.0.adapter_attn.conv_A.weight" in saved["model"]
+    assert saved["model"]["module.layers.0.adapter_attn.conv_A.weight"].shape == (8, 32, 1)
+    assert read_lavin_args(tmp_path / "run" / "checkpoint-1.pth")["temperature"] == 10.0
+
+
+def test_fp16_loses_no_step(world: World, type_train: Train, tmp_path: Path) -> None:
+    """An overflow repeats its step with a smaller scale: as many updates as steps, the first included."""
+    assert type_train(*world.scienceqa, *SHORT, "--runtime.precision", "fp16", "--bits", "16bit") == 0
+    tensors = last_weights(tmp_path / "run")
+    steps = [float(tensor) for name, tensor in tensors.items() if name.startswith("optimizer/step/")]
+    assert steps and set(steps) == {6.0}
