@@ -198,7 +198,8 @@ def load_trained(model: VisionLanguageModel, path: Path) -> str:
         for name, parameter in trainable.items():
             if parameter.shape != tensors[name].shape:
                 raise CheckpointError(
-                    f"{name} is {tuple(tensors[name].shape)} in the file, {tuple(parameter.shape)} here", where=str(path)
+                    f"{name} is {tuple(tensors[name].shape)} in the file, {tuple(parameter.shape)} here",
+                    where=str(path),
                 )
             parameter.copy_(tensors[name])
     return str(path)

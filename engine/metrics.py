@@ -55,7 +55,12 @@ class Ema:
     def update(self, value: float) -> float:
         self.total = self.beta * self.total + (1 - self.beta) * value
         self.weight = self.beta * self.weight + (1 - self.beta)
-        return self.total / self.weight
+        return self.value
+
+    @property
+    def value(self) -> float:
+        """The average so far; NaN before the first value."""
+        return self.total / self.weight if self.weight else math.nan
 
     def state(self) -> dict[str, float]:
         """For the checkpoint's JSON."""

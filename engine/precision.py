@@ -16,7 +16,9 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
         UsageError: cuda was asked for and there is none.
     """
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--runtime.device cuda, but torch sees no CUDA GPU", do="python doctor.py, or leave it at auto")
+        raise UsageError(
+            "--runtime.device cuda, but torch sees no CUDA GPU", do="python doctor.py, or leave it at auto"
+        )
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", local_rank)

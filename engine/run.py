@@ -1,4 +1,4 @@
-"""A training run from its configuration to its report: build, say what will happen, train, evaluate, say what came out."""
+"""A training run from its configuration to its report: build, say what will happen, train, evaluate, report."""
 
 from __future__ import annotations
 
@@ -191,8 +191,9 @@ def _before(
     precision: str,
 ) -> str:  # fmt: skip
     dense_bytes = 4 if precision.startswith("float32") else 2
+    shapes = vlm_config(config, sources.language.config, sources.vision.config)
     plan = make_plan(
-        config, vlm_config(config, sources.language.config, sources.vision.config), str(sources.language.files[0].parent),
+        config, shapes, str(sources.language.files[0].parent),
         num_ranks=me.world, dense_bytes=dense_bytes, on_cuda=device.type == "cuda",
     )  # fmt: skip
     steps = sampler.steps_per_epoch
@@ -317,7 +318,7 @@ def _finish(
     rows = read_metrics(rundir.metrics_jsonl)
     rundir.loss_svg.write_text(loss_svg(series(rows, "loss"), series(rows, "eval_loss")), encoding="utf-8")
     final = FinalMetrics(
-        accuracy=after, accuracy_before=before, loss=rows[-1].get("loss_ema", rows[-1].get("eval_loss")),
+        accuracy=after, accuracy_before=before, loss=trainer.loss_ema.value,
         steps=c.step, samples_per_second=c.samples / c.seconds, tokens_per_second=c.tokens / c.seconds,
         peak_memory_bytes=_peak_memory(setup.device), packing_efficiency=c.tokens / c.packed_tokens,
         trainable_parameters=sum(p.numel() for p in setup.model.trainable().values()),

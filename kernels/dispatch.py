@@ -168,6 +168,8 @@ def _backend() -> str:
 def _automatic(x: Tensor, available: tuple[str, ...]) -> tuple[str, str]:
     if "triton" in available and _triton_runs_on(x):
         return "triton", "CUDA tensor" if x.is_cuda else "TRITON_INTERPRET=1"
+    if "cuda" in available and x.is_cuda:
+        return "cuda", "CUDA tensor"
     if x.is_cuda and x.dtype != torch.float64:
         return "reference", "no Triton implementation"
     return "reference", f"{x.dtype} tensor on {x.device.type}"

@@ -32,8 +32,9 @@ class Linear(nn.Module):
 
         The rule works on the weight in its file's dtype, before any cast to the compute dtype.
         """
-        rule = {4: quantize_nf4, 8: quantize_int8}[bits]
-        self.weight, self.quantized = None, rule(weight.to(device), name)
+        weight = weight.to(device)
+        self.quantized = quantize_nf4(weight, name) if bits == 4 else quantize_int8(weight, name)
+        self.weight = None
 
     def frozen_weight(self) -> FrozenWeight:
         """The weight as it is stored, for operations that take any storage."""

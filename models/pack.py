@@ -12,7 +12,7 @@ attention within segments gives exactly that mask. It depends only on the modali
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ class Pack:
 
 
 def _to(value: P, device: torch.device | str) -> P:
-    moved = {}
+    moved: dict[str, Any] = {}
     for field in fields(value):
         item = getattr(value, field.name)
         if isinstance(item, Tensor):

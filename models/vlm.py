@@ -189,4 +189,3 @@ class VisionLanguageModel(nn.Module):
     @staticmethod
     def _segment_of(segments: Segments) -> Tensor:  # int64 [T]: which segment each token is in
         return torch.repeat_interleave(segments.cu_seqlens.diff(), output_size=segments.position_ids.numel())
-

@@ -70,7 +70,7 @@ def make_scienceqa(root: Path, num_train: int = 24, num_test: int = 12) -> None:
     splits |= {f"mini{name}": splits[name][:4] for name in ("train", "val", "test")}
     (root / "problems.json").write_text(json.dumps(problems))
     (root / "pid_splits.json").write_text(json.dumps(splits))
-    (root / "captions.json").write_text(json.dumps({"captions": {qid: "a picture" for qid in problems}}))
+    (root / "captions.json").write_text(json.dumps({"captions": dict.fromkeys(problems, "a picture")}))
 
 
 def make_rows(folder: Path, count: int = 12) -> Path:

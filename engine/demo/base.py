@@ -6,12 +6,10 @@ a projector that was thrown away. `python -m engine.demo.base` builds the file a
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import shutil
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -33,7 +31,7 @@ def unpack_base(folder: Path) -> None:
     """Writes the shipped base to `folder`: Meta's layout, tokenizer.model, and the tower in Hugging Face's layout."""
     with safe_open(BASE_WEIGHTS, framework="pt") as file:
         shape = json.loads(file.metadata()["shape"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     language, vision = LlamaConfig(**shape["language"]), ClipConfig(**shape["vision"])
     write_base(folder, language, vision, tensors)
     shutil.copyfile(BASE_TOKENIZER, folder / "tokenizer.model")
@@ -76,7 +74,7 @@ def fresh_base(language: LlamaConfig, vision: ClipConfig, seed: int) -> dict[str
         elif name.endswith(".bias"):
             tensors[name] = torch.zeros(shape)
         elif name.endswith(("embed.weight", "_embedding")):
-            tensors[name] = 0.02 * torch.randn(shape, generator=generator)
+            tensors[name] = torch.randn(shape, generator=generator)
         else:
             depth = language.num_layers if name.startswith("language") else vision.num_layers
             shrink = math.sqrt(2 * depth) if name.endswith(("attention.o.weight", "mlp.down.weight")) else 1.0

@@ -6,15 +6,11 @@ train, val and test own different buckets. So no test problem and no picture of 
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from random import Random
-from typing import Any
 
 from engine.demo.draft import Draft
 from engine.demo.lessons import lesson
 from engine.demo.picture_questions import PICTURE_QUESTIONS
-from engine.demo.scenes import Scene, draw
 from engine.demo.text_questions import TEXT_QUESTIONS
 
 BUCKETS = {"base": range(0, 8), "train": range(8, 12), "val": range(12, 14), "test": range(14, 16)}

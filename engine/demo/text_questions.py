@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from engine.demo.draft import Draft, Kind, choose
+from engine.demo.draft import Draft, Kind
 
 NAMES = ("Ann", "Ben", "Eva", "Tom", "Sam", "Mia", "Leo", "Zoe")
 TOWNS = ("Rome", "Oslo", "Lima", "Cairo", "Paris", "Tokyo", "Delhi", "Quito")

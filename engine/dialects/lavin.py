@@ -120,7 +120,7 @@ def train(flags: Sequence[Flag], recipe: Config | None) -> tuple[list[Flag], lis
 
 
 def evaluate(flags: Sequence[Flag]) -> tuple[list[Flag], list[str]]:
-    """Like `train`, for eval.py. Where LaVIN generates every answer, the letters are compared (--generate generates)."""
+    """Like `train`, for eval.py. LaVIN generates every answer; here --generate asks for that."""
     given = {flag.name: flag for flag in flags if flag.name in EVAL}
     front = [*_defaults(EVAL), *_weights(given, "ckpt_dir", None), *_options(given)]
     front.append(_set("dataset.root", _value(given, "data_root", DATA_ROOT)))

@@ -37,11 +37,9 @@ def find_letters(tokenizer: Tokenizer, options: str) -> Letters:
     """
     answers = [tokenizer.encode(f"Response:{ANSWER.format(letter)}") for letter in options]
     for place, ids in enumerate(zip(*answers, strict=False)):
-        if len(set(ids)) > 1:
-            break
-    if len(set(ids)) < len(options):
-        raise ValueError(f"the tokenizer gives several of the letters {options!r} one token: {ids}")
-    return Letters(list(ids), len(answers[0]) - place - 1)
+        if len(set(ids)) == len(options):
+            return Letters(list(ids), len(answers[0]) - place - 1)
+    raise ValueError(f"the tokenizer gives the letters {options!r} no tokens of their own: {answers}")
 
 
 @torch.no_grad()
@@ -81,7 +79,7 @@ def predict(
 
 
 def _ask(prompt: Sample, tail: int) -> Sample:
-    """The prompt and an answer's beginning up to its letter, which is the one target: the row before it is looked at."""
+    """The prompt and an answer up to its letter. The letter is the one target, so the row before it is looked at."""
     ids = prompt.input_ids[: len(prompt.input_ids) - tail]
     return replace(prompt, input_ids=ids, labels=[*[IGNORE] * (len(ids) - 1), ids[-1]])
 

@@ -1,4 +1,4 @@
-"""The validation loss: the mean cross-entropy of all supervised tokens of a data set, the same on any number of ranks."""
+"""The validation loss: the mean cross-entropy of a data set's supervised tokens, the same on any number of ranks."""
 
 from __future__ import annotations
 

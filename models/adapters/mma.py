@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels.dropout import keep_mask

@@ -54,7 +54,7 @@ def tiny_model(config: VLMConfig, seed: int = 0) -> VisionLanguageModel:
 
 
 def random_samples(layout: Sequence[tuple[int, bool]], seed: int = 0) -> tuple[list[Sample], list[Tensor | None]]:
-    """One sample for each (length, has an image) ; targets from somewhere behind the image to the end."""
+    """One sample for each (length, has an image); targets from somewhere behind the image to the end."""
     generator = torch.Generator().manual_seed(seed)
     samples, tiles = [], list[Tensor | None]()
     for number, (length, has_image) in enumerate(layout):
