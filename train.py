@@ -18,6 +18,10 @@ def main(argv: list[str]) -> int:
         plan = plan_without_weights(config, int(os.environ.get("WORLD_SIZE", "1")))
         print(plan.to_json() if config.json else plan_text(plan))
         return 0
+    if config.dry_run:
+        from engine.dry_run import dry_run
+
+        return dry_run(config, ["train.py", *argv], notes)
     from engine.run import train
 
     return train(config, ["train.py", *argv], notes)

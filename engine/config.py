@@ -224,7 +224,7 @@ class Config:
     json: bool = False
     """Print the plan as JSON."""
     dry_run: bool = False
-    """Build, read 64 rows, take two steps, save, reload, report, end."""
+    """Take two steps, save, reload, throw it all away, end."""
     debug: bool = False
     """Show tracebacks."""
     model: Model = field(default_factory=Model)
@@ -313,6 +313,11 @@ def get(config: object, path: str) -> Any:
     for name in path.split("."):
         config = getattr(config, name)
     return config
+
+
+def is_demo(config: Config) -> bool:
+    """Whether nothing was named to train on: neither data nor a base model."""
+    return not (config.data or config.dataset.root or config.model.language)
 
 
 def run_directory(config: Config) -> Path:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
@@ -28,6 +29,9 @@ from engine.suggest import did_you_mean
 
 Tree = TypeVar("Tree", Config, EvalConfig, ChatConfig)
 
+DEMO = Path(__file__).parent / "demo" / "demo.yaml"  # the settings where nothing is named to train on
+WHAT_TO_TRAIN = {"data", "dataset.root", "model.language"}
+
 
 def parse_train(argv: Sequence[str]) -> tuple[Config, list[str]]:
     """The checked configuration of train.py, and what to warn about.
@@ -39,11 +43,12 @@ def parse_train(argv: Sequence[str]) -> tuple[Config, list[str]]:
     _help(argv, Config, "train.py", "Fine-tune a vision-language model. Without flags it trains the embedded demo.")
     flags = split(argv)
     recipe = next((flag.value for flag in reversed(flags) if flag.name == "recipe"), "")
-    base = from_yaml(recipe) if recipe else Config()
+    spoken = lavin.speaks_train(flags)
+    is_demo = not spoken and not any(flag.name in WHAT_TO_TRAIN for flag in flags)
+    base = from_yaml(recipe) if recipe else from_yaml(DEMO) if is_demo else Config()
     if any(flag.name == "data" for flag in flags):  # own rows take the place of the recipe's data set
         base.dataset.root, base.dataset.format = "", "auto"
     notes: list[str] = []
-    spoken = lavin.speaks_train(flags)
     if spoken:
         flags, notes = lavin.train(flags, base if recipe else None)
     config = validate(_override(base, flags, lavin.TRAIN, spoken=spoken))

@@ -24,7 +24,7 @@ from engine.build import (
     vlm_config,
 )
 from engine.checkpoint import find_latest, load_checkpoint
-from engine.config import Config, run_directory
+from engine.config import Config, is_demo, run_directory
 from engine.config_file import to_yaml
 from engine.data.images import TileReader
 from engine.data.loader import StepLoader
@@ -81,8 +81,9 @@ class Setup:
         return score_table(dataset.problems, guesses)
 
 
-def train(config: Config, argv: Sequence[str], notes: Sequence[str]) -> int:
-    """Runs `train.py`. `argv` is what was typed; `notes` are warnings about it. Returns the exit code."""
+def train(config: Config, argv: Sequence[str], notes: Sequence[str], max_steps: int | None = None) -> int:
+    """Runs `train.py`. `argv` is what was typed; `notes` are warnings about it; `max_steps` ends the run earlier than
+    its epochs. Returns the exit code."""
     _set_runtime(config)
     device_type = choose_device(config.runtime.device, 0).type
     with ranks(device_type) as me:
@@ -94,7 +95,7 @@ def train(config: Config, argv: Sequence[str], notes: Sequence[str]) -> int:
             try:
                 for note in notes if me.is_main else ():
                     logger.warning("%s", note)
-                _run(config, argv, me, device, rundir)
+                _run(config, argv, me, device, rundir, max_steps)
             except (NibbleError, ValueError, RuntimeError, KeyboardInterrupt) as error:
                 known = as_nibble_error(error)
                 logger.debug("the run ended with an error", exc_info=error)
@@ -119,8 +120,7 @@ def _set_runtime(config: Config) -> None:
 def _claimed(rundir: RunDir, config: Config, me: Ranks) -> Iterator[None]:
     """The main rank holds the run directory; the others wait until it does."""
     if me.is_main:
-        is_demo = not (config.data or config.dataset.root or config.model.language)
-        rundir.claim(resume=bool(config.resume), demo=is_demo)
+        rundir.claim(resume=bool(config.resume), demo=is_demo(config))
     me.barrier()
     try:
         yield
@@ -147,14 +147,15 @@ def _log_file(rundir: RunDir, me: Ranks) -> Iterator[None]:
         handler.close()
 
 
-def _run(config: Config, argv: Sequence[str], me: Ranks, device: torch.device, rundir: RunDir) -> None:
+def _run(
+    config: Config, argv: Sequence[str], me: Ranks, device: torch.device, rundir: RunDir, max_steps: int | None
+) -> None:
     started = time.perf_counter()
     full = "full" in (config.train.language, config.train.vision)
     dtype, why = choose_dtype(config.runtime.precision, device, full_training=full)
     sources = open_sources(config)
     if me.is_main:
-        is_demo = not (config.data or config.dataset.root or config.model.language)
-        rundir.describe(to_yaml(config), argv, describe_environment(device), demo=is_demo)
+        rundir.describe(to_yaml(config), argv, describe_environment(device), demo=is_demo(config))
     dataset = open_dataset(config, sources.tokenizer)
     sampler = StepSampler(len(dataset), config.optim.samples_per_step(me.world), config.seed)
     _say(me, _before(config, sources, dataset, sampler, me, device, f"{str(dtype).removeprefix('torch.')} ({why})"))
@@ -164,6 +165,7 @@ def _run(config: Config, argv: Sequence[str], me: Ranks, device: torch.device, r
         _say(me, f"adapters start from {load_trained(model, Path(config.adapter.init))}")
     setup = Setup(config, sources, model, TileReader(sources.vision.config.image_size), me, device, rundir)
     trainer = _trainer(setup, dataset, sampler, dtype)
+    trainer.max_steps = max_steps
     resumed = _resume(setup, trainer)
     _say(me, f"sample {describe(dataset.sample(sampler.indices(0)[0]), sources.tokenizer)}")
 

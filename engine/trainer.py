@@ -60,12 +60,14 @@ class Trainer:
     validate: Callable[[], float] | None  # the validation loss, the same on every rank
     on_epoch_end: Callable[[int], None]  # called with the epoch's number, on the main rank
     state_extras: dict[str, Any]  # what a checkpoint records besides: identity of the base, choices made
+    max_steps: int | None = None  # ends the run earlier than its epochs
     counters: Counters = field(default_factory=Counters)
     loss_ema: Ema = field(default_factory=Ema)
 
     @property
     def total_steps(self) -> int:
-        return self.steps_per_epoch * self.config.optim.epochs
+        steps = self.steps_per_epoch * self.config.optim.epochs
+        return steps if self.max_steps is None else min(steps, self.max_steps)
 
     def train(self, progress: Progress, stop: StopSignals) -> None:
         """Trains to the end.

@@ -79,6 +79,7 @@ def test_stopping_at_any_step_and_resuming_is_the_same_run(
 def test_two_ranks_are_one_rank(world: World, tmp_path: Path) -> None:
     """The same samples a step, without dropout (its mask belongs to the pack): the same weights."""
     flags = [*world.scienceqa, *SHORT, "--adapter.dropout", "0", "--optim.reduction", "micro_batch"]
+    flags += ["--runtime.tokens_per_batch", "256"]  # several packs a rank: gradients add up before they are exchanged
     for ranks, batch in ((1, 4), (2, 4)):
         accumulate = ["--optim.batch_size", str(batch), "--optim.accum_iter", str(2 // ranks)]
         line = [*flags, *accumulate, "--output_dir", str(tmp_path / f"ranks-{ranks}")]
@@ -122,3 +123,8 @@ def test_fp16_loses_no_step(world: World, type_train: Train, tmp_path: Path) -> 
     tensors = last_weights(tmp_path / "run")
     steps = [float(tensor) for name, tensor in tensors.items() if name.startswith("optimizer/step/")]
     assert steps and set(steps) == {6.0}
+
+
+def test_a_dry_run_keeps_nothing(world: World, type_train: Train, tmp_path: Path) -> None:
+    assert type_train(*world.scienceqa, *SHORT, "--dry_run") == 0
+    assert list(tmp_path.iterdir()) == []
