@@ -87,8 +87,8 @@ class Trainer:
                 self._log(done, fields)
             if self.validate is not None and (self._due(done, self.config.eval_every) or done == self.total_steps):
                 self._validate(done, progress)
-            if done % self.steps_per_epoch == 0 and self.ranks.is_main:
-                self.on_epoch_end(done // self.steps_per_epoch - 1)
+            if done % self.steps_per_epoch == 0:
+                self._end_epoch(done // self.steps_per_epoch - 1, progress)
             stopping = self.ranks.any(stop.stop_requested(), self.device)
             if self._due(done, save_every) or stopping or done == self.total_steps:
                 self.save()
@@ -98,6 +98,16 @@ class Trainer:
                     f"stopped on request at step {saved} of {self.total_steps}", where=str(self.rundir.path),
                     do="type the same command with --resume auto",
                 )  # fmt: skip
+
+    def _end_epoch(self, epoch: int, progress: Progress) -> None:
+        loader = self.loader
+        if epoch == 0 and loader.truncated:
+            progress.note(
+                f"{len(loader.truncated):,} of {len(loader.dataset):,} samples were cut to --dataset.max_seq_len "
+                f"{self.config.dataset.max_seq_len}; {len(loader.without_target):,} of them have no target left"
+            )
+        if self.ranks.is_main:
+            self.on_epoch_end(epoch)
 
     @staticmethod
     def _due(done: int, every: int) -> bool:

@@ -49,6 +49,8 @@ class StepLoader:
         self.ranks = ranks
         self.num_workers = num_workers
         self.legacy_clip_router = legacy_clip_router
+        self.truncated: set[int] = set()  # samples met so far whose end was cut off
+        self.without_target: set[int] = set()  # samples met so far that teach nothing: their prompt alone fills them
 
     def packs(self, step: int) -> list[Pack]:
         """This rank's packs of one step.
@@ -58,6 +60,8 @@ class StepLoader:
         """
         indices = self.order.indices(step)
         samples = [self.dataset.sample(index) for index in indices]
+        self.truncated.update(i for i, sample in zip(indices, samples, strict=True) if sample.truncated)
+        self.without_target.update(i for i, sample in zip(indices, samples, strict=True) if not sample.supervised)
         plan = plan_packs([len(sample.input_ids) for sample in samples], self.tokens_per_batch, self.ranks)
         mine = plan[self.rank :: self.ranks]
         weights = token_weights(samples, self.reduction, self.micro_batch)

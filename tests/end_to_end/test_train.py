@@ -128,3 +128,8 @@ def test_fp16_loses_no_step(world: World, type_train: Train, tmp_path: Path) -> 
 def test_a_dry_run_keeps_nothing(world: World, type_train: Train, tmp_path: Path) -> None:
     assert type_train(*world.scienceqa, *SHORT, "--dry_run") == 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_cut_samples_are_counted(world: World, type_train: Train, capfd: pytest.CaptureFixture[str]) -> None:
+    assert type_train(*world.scienceqa, *SHORT, "--dataset.max_seq_len", "90") == 0
+    assert "24 of 24 samples were cut to --dataset.max_seq_len 90; 0 of them have no target left" in capfd.readouterr().err

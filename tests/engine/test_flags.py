@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from engine.config import ChatConfig, Config, EvalConfig, leaves
+from engine.config_file import from_yaml
 from engine.errors import UsageError
-from engine.flags import parse_chat, parse_eval, parse_train
+from engine.flags import DEMO, parse_chat, parse_eval, parse_train
 from engine.suggest import closest
 
 FROZEN = Path(__file__).with_name("flags.json")
@@ -23,10 +24,14 @@ def test_the_flags_are_the_reviewed_ones() -> None:
     assert {command: list(leaves(tree)) for command, tree in trees.items()} == json.loads(FROZEN.read_text())
 
 
-def test_without_flags_the_defaults_run() -> None:
+def test_without_flags_the_demo_runs() -> None:
     config, notes = parse_train([])
-    assert config == Config()
-    assert notes == []
+    assert config == from_yaml(DEMO) and notes == []
+
+
+def test_naming_something_to_train_on_leaves_the_demo() -> None:
+    config, _ = parse_train(["--data", "rows.json"])
+    assert config == Config(data="rows.json")
 
 
 def test_hyphens_and_underscores_are_the_same() -> None:

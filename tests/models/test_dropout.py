@@ -62,6 +62,13 @@ def test_every_adapter_has_its_own_dropout_stream() -> None:
     model = tiny_model(tiny_config(language_placement="block", vision_placement="router_block"))
     sites = [module.site for module in model.modules() if isinstance(module, MMAdapter | PlainAdapter)]
     assert len(sites) == 2 * 3 + 2 * 6 and len(set(sites)) == len(sites)
+    adapters = [layer.mlp_adapter for layer in model.language.blocks()]
+    for adapter in adapters:
+        adapter.load_state_dict(adapters[0].state_dict())
+    norm, x = model.language.norm, torch.ones(40, 32)
+    with torch.no_grad():
+        outputs = [adapter(norm, x, torch.ones(1, 2), torch.zeros(40).int(), seed_of(1)) for adapter in adapters]
+    assert not torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[1], outputs[2])
 
 
 def test_dropout_keeps_the_mean() -> None:

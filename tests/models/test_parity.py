@@ -151,7 +151,7 @@ def test_legacy_block_routing_is_for_evaluation() -> None:
 
 
 def test_positions_go_on_past_the_first_rope_table() -> None:
-    layout = [(2048, False), (30, True), (2300, False)]
+    layout = [(30, True), (2048, False), (2300, False)]
     model, (samples, tiles) = tiny_model(tiny_config(num_layers=1)).double(), random_samples(layout)
     for sample, tile in zip(samples, tiles, strict=True):
         batch = pad([sample], [tile], IMAGE_SIZE)
