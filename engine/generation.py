@@ -56,13 +56,15 @@ def generate(
     router_row = torch.tensor([int(t is not None) for t in tiles], dtype=torch.int32, device=device)
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     written: list[Tensor] = []
-    for _ in range(sampling.max_new_tokens):
+    for left in reversed(range(sampling.max_new_tokens)):
         tokens = _choose(model.logits(hidden), sampling, generator)  # [B]
         tokens = torch.where(done, eos_id, tokens)
         done |= tokens == eos_id
         if bool(done.all()):
             break
         written.append(tokens)
+        if left == 0:
+            break
         hidden = model.decode(tokens, (cache.lengths + 1 + offset).int(), router_row, cache)
     columns = torch.stack(written, dim=1).tolist() if written else [[] for _ in prompts]
     return [row[: row.index(eos_id)] if eos_id in row else row for row in columns]

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kernels.int8 import Int8Tensor, dequantize_int8, linear_int8, quantize_int8
+from kernels.int8 import Int8Tensor, linear_int8, quantize_int8
 from kernels.linear_nf4 import linear_nf4
-from kernels.nf4 import NF4Tensor, dequantize_nf4, quantize_nf4
+from kernels.nf4 import NF4Tensor, quantize_nf4
 
 FrozenWeight = Tensor | NF4Tensor | Int8Tensor
 
@@ -42,15 +42,6 @@ class Linear(nn.Module):
             return self.quantized
         assert self.weight is not None
         return self.weight
-
-    def dense_weight(self, dtype: torch.dtype) -> Tensor:
-        """The weight [out, in] as numbers of `dtype`, dequantised when it is stored in 4 or 8 bits."""
-        if isinstance(self.quantized, NF4Tensor):
-            return dequantize_nf4(self.quantized, dtype)
-        if isinstance(self.quantized, Int8Tensor):
-            return dequantize_int8(self.quantized, dtype)
-        assert self.weight is not None
-        return self.weight.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(self.quantized, NF4Tensor):

@@ -9,8 +9,10 @@ from __future__ import annotations
 from dataclasses import replace
 from random import Random
 
-from engine.demo.draft import Draft
-from engine.demo.scenes import SIDE, Scene
+from engine.demo.draft import Draft, Kind, choose
+from engine.demo.picture_questions import NUMBERS, PLACES, RELATIONS
+from engine.demo.scenes import COLORS, SHAPES, SIDE, Scene
+from engine.demo.text_questions import DRINKS, GOODS, NAMES, TOWNS, WORDS
 
 
 def _where(x: int, y: int) -> str:
@@ -52,3 +54,19 @@ def lesson(draft: Draft, rng: Random, told: float) -> Draft:
     if rng.random() < 0.7:
         solution = f"{solution} {name_choices(draft, rng)}"
     return replace(draft, hint=hint, solution=solution)
+
+
+NAMING = Kind(
+    subject="language science", topic="reference skills", category="Choices", skill="Find the letter of a choice",
+    grades=(1, 1), lecture="",
+)
+VOCABULARY = (
+    *COLORS, *SHAPES, *NUMBERS, *PLACES, *RELATIONS, *NAMES, *TOWNS, *GOODS, *DRINKS, *WORDS,
+)  # fmt: skip
+
+
+def naming(rng: Random) -> Draft:
+    """Ask for the letter of a word. Half of the rows use eight words, a quarter 32: with few words it is learnt first."""
+    pool = VOCABULARY[: rng.choice((8, 8, 32, len(VOCABULARY)))]
+    choices, answer = choose(rng, pool, 2, 5)
+    return Draft(kind=NAMING, question=f"Which choice is {choices[answer]}?", choices=choices, answer=answer, solution="")

@@ -9,7 +9,7 @@ from engine.demo.scenes import COLORS, SHAPES, SIDE, Bar, Mark, Scene
 
 NUMBERS = ("one", "two", "three", "four", "five")
 PLACES = {"north": (0, -1), "south": (0, 1), "east": (1, 0), "west": (-1, 0), "center": (0, 0)}
-RELATIONS = {"above": (0, -1), "below": (0, 1), "left of": (-1, 0), "right of": (1, 0)}
+RELATIONS = {"above": (0, -1), "below": (0, 1), "left": (-1, 0), "right": (1, 0)}
 SIGNS = {"lake": ("circle", "blue"), "town": ("square", "red"), "hill": ("triangle", "green")}
 PAPER = ("white", "gray", "sand")
 
@@ -38,7 +38,7 @@ NOUN = Kind(
     grades=(1, 5), lecture="A noun names a thing.",
 )
 PREPOSITION = Kind(
-    subject="language science", topic="grammar", category="Prepositions", skill="Complete the sentence",
+    subject="language science", topic="grammar", category="Prepositions", skill="Say where a thing is",
     grades=(4, 10), lecture="A preposition tells where.",
 )
 
@@ -146,8 +146,8 @@ def preposition(rng: Random) -> Draft:
         my = y + side * dy * half + (0 if dy else slack)
         marks.append(Mark(shape, paint, mx, my, rng.randint(11, 14)))
     return Draft(
-        kind=PREPOSITION, question=f"The {shapes[0]} is ___ the {shapes[1]}.", choices=choices, answer=answer,
-        solution=f"The {shapes[0]} is {choices[answer]} the {shapes[1]}.",
+        kind=PREPOSITION, question=f"Seen from the {shapes[1]}, where is the {shapes[0]}?", choices=choices, answer=answer,
+        solution=f"The {shapes[0]} is {choices[answer]}.",
         scene=Scene(rng.choice(PAPER), marks=tuple(marks)),
     )
 

@@ -20,15 +20,16 @@ TRIES = 2000  # draws for one new problem before we say that a kind is exhausted
 def drafts(owner: str, seed: int, count: int) -> list[Draft]:
     """Draw `count` different problems from the buckets of one owner: base, train, val or test."""
     rng = Random(f"{owner}/{seed}")
-    seen: set[bytes] = set()
+    seen: set[tuple[bytes, tuple[str, ...]]] = set()
     found: list[Draft] = []
     for number in range(count):
         kinds = PICTURE_QUESTIONS if number % 2 == 0 else TEXT_QUESTIONS
         question = kinds[number // 2 % len(kinds)]
         for _ in range(TRIES):
             draft = question(rng)
-            mark = draft.fingerprint()
-            if mark[0] % 16 in BUCKETS[owner] and mark not in seen:
+            fingerprint = draft.fingerprint()
+            mark = (fingerprint, draft.choices)
+            if fingerprint[0] % 16 in BUCKETS[owner] and mark not in seen:
                 break
         else:
             raise ValueError(f"{owner} asks for {count} problems: there is no new one of kind {question.__name__!r} left")

@@ -48,11 +48,12 @@ def predict(
     tokens_per_batch: int, device: torch.device, indices: Sequence[int] | None = None,
     replace_image: Callable[[int, str], str] | None = None, on_done: Callable[[int], None] = lambda count: None,
 ) -> list[int]:  # fmt: skip
-    """The predicted choice of each problem.
+    """The predicted choice of each problem. Leaves the model in evaluation mode.
 
     `load` decodes an image file to fp32 [3, H, W]; `replace_image` gives problem i another picture than its own, to
     see how much the pictures matter; `on_done` is told how many problems are finished.
     """
+    model.eval()
     wanted = list(range(len(dataset))) if indices is None else list(indices)
     letters = find_letters(dataset.layout.tokenizer, dataset.options)
     answer = ANSWER.format(dataset.options[0])

@@ -18,7 +18,9 @@ def validation_loss(
     model: VisionLanguageModel, dataset: Dataset, reader: TileReader, ranks: Ranks, *,
     tokens_per_batch: int, device: torch.device,
 ) -> float:  # fmt: skip
-    """Mean over tokens, without dropout. Each rank takes every `world`-th window of samples."""
+    """Mean over tokens, without dropout; the model is back in training mode afterwards if it was. Each rank takes every `world`-th window of samples."""
+    was_training = model.training
+    model.eval()
     sums = torch.zeros(2, dtype=torch.float64)  # of losses, of tokens
     for start in range(ranks.rank * WINDOW, len(dataset), ranks.world * WINDOW):
         indices = range(start, min(start + WINDOW, len(dataset)))
@@ -32,5 +34,6 @@ def validation_loss(
             ones = [(torch.tensor(s.labels) != IGNORE).float() for s in chosen]
             sums[0] += model(collate(chosen, ones, tiles).to(device)).item()
             sums[1] += sum(float(weight.sum()) for weight in ones)
+    model.train(was_training)
     loss, tokens = ranks.sum(sums.to(device, torch.float32)).tolist()
     return loss / max(tokens, 1.0)

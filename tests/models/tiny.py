@@ -16,7 +16,7 @@ from models.adapters.mma import AdapterConfig
 from models.language.llama import LlamaConfig
 from models.pack import Pack
 from models.vision.clip import ClipConfig
-from models.vlm import VisionLanguageModel, VLMConfig
+from models.vlm import Legacy, VisionLanguageModel, VLMConfig
 
 VOCAB = 67
 IMAGE_SIZE = 12
@@ -35,6 +35,38 @@ def tiny_config(*, ffn_dim: int = 48, num_layers: int = 3, dropout: float = 0.1,
         projector_hidden=20,
         **options,
     )
+
+
+MICRO_BATCH = 3
+# Micro-batch 0 starts with a text sample, 1 with an image, 2 has no image at all, 3 is a single sample.
+LAYOUT = [
+    (9, False), (31, True), (17, False), (44, True), (12, True), (60, False), (23, False), (70, False), (8, False),
+    (13, True),
+]  # fmt: skip
+TEXT_ONLY = [(9, False), (40, False), (3, False), (2, False)]
+
+PLACEMENTS = [
+    tiny_config(language_placement=language, vision_placement=vision, ffn_dim=ffn_dim)
+    for language in ("attn", "block")
+    for vision, ffn_dim in (("router", 48), ("router_block", 37), ("normal", 48))
+]
+LEGACY = [
+    tiny_config(legacy=Legacy(clip_router=True)),
+    tiny_config(vision_placement="router_block", legacy=Legacy(clip_router=True)),
+    tiny_config(vision_placement="normal", legacy=Legacy(normal_adapter=True)),
+    tiny_config(language_placement="block", legacy=Legacy(block_routing=True)),
+    tiny_config(
+        language_placement="block",
+        vision_placement="router_block",
+        legacy=Legacy(clip_router=True, block_routing=True, normal_adapter=True),
+    ),
+]
+
+
+def label(config: VLMConfig) -> str:
+    switches = [name for name in Legacy.__slots__ if getattr(config.legacy, name)]
+    trained = [config.train_language, config.train_vision]
+    return "-".join([config.language_placement, config.vision_placement, *switches, *trained])
 
 
 def tiny_model(config: VLMConfig, seed: int = 0) -> VisionLanguageModel:
@@ -84,6 +116,20 @@ def packs_of(
         )  # fmt: skip
         packs.append((list(members), pack))
     return packs
+
+
+def step_loss(
+    model: VisionLanguageModel, reduction: Reduction = "micro_batch", layout: list[tuple[int, bool]] = LAYOUT,
+    plan: list[list[int]] | None = None, seed: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The loss of a whole step, summed over its packs."""
+    samples, tiles = random_samples(layout)
+    packs = packs_of(
+        samples, tiles, reduction=reduction, micro_batch=MICRO_BATCH, plan=plan,
+        legacy_clip_router=model.config.legacy.clip_router,
+    )  # fmt: skip
+    device = model.modality_embedding.weight.device
+    return torch.stack([model(pack.to(device), seed) for _, pack in packs]).sum()
 
 
 def gradients(loss: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
