@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from engine.errors import NibbleError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +36,7 @@ class Ranks:
         a dummy tile where no image is), so nothing has to be searched for."""
         if self.world == 1:
             return model
-        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum of a tensor over ranks, on every rank (in place)."""
@@ -48,6 +53,28 @@ class Ranks:
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """What `make` returns on the main rank, which alone calls it, on every rank; small and picklable.
+
+        An error is raised and told by the main rank alone; the others leave with its exit code, so that none of them
+        waits for a rank that is gone.
+        """
+        if self.world == 1:
+            return make()
+        message: list[Any] = [None, 1]  # what was made, and the exit code where nothing was
+        try:
+            if self.is_main:
+                message = [make(), 0]
+        except NibbleError as error:
+            message = [None, error.exit_code]
+            raise
+        finally:
+            dist.broadcast_object_list(message)
+        made, code = message
+        if code:
+            raise SystemExit(code)
+        return made
 
 
 @contextmanager

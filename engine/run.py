@@ -34,7 +34,7 @@ from engine.data.sample import Dataset
 from engine.data.sampler import StepSampler
 from engine.distributed import Ranks, ranks
 from engine.environment import describe_environment, device_name
-from engine.errors import CheckpointError, NibbleError, as_nibble_error
+from engine.errors import INTERRUPTED, CheckpointError, NibbleError, as_nibble_error
 from engine.evaluation.letters import predict
 from engine.evaluation.score import score_table
 from engine.evaluation.validation import validation_loss
@@ -96,15 +96,25 @@ def train(config: Config, argv: Sequence[str], notes: Sequence[str], max_steps: 
                 for note in notes if me.is_main else ():
                     logger.warning("%s", note)
                 _run(config, argv, me, device, rundir, max_steps)
-            except (NibbleError, ValueError, RuntimeError, KeyboardInterrupt) as error:
-                known = as_nibble_error(error)
-                logger.debug("the run ended with an error", exc_info=error)
-                if me.is_main:
-                    rundir.write_exit(known.exit_code if known else 1, str(known or repr(error)))
+            except (NibbleError, ValueError, RuntimeError, OSError, KeyboardInterrupt) as error:
+                _record_error(rundir, me, error)
                 raise
             if me.is_main:
                 rundir.write_exit(0, "finished")
     return 0
+
+
+def _record_error(rundir: RunDir, me: Ranks, error: BaseException) -> None:
+    """log.txt gets the traceback, exit.json the code.
+
+    The rank that knows what went wrong writes exit.json. The others only see it leave, some moments later.
+    """
+    known = as_nibble_error(error)
+    logger.error("the run ended with an error on rank %d", me.rank, exc_info=error)
+    if known is not None:
+        rundir.write_exit(known.exit_code, str(known))
+    elif me.is_main and not rundir.exit.exists():
+        rundir.write_exit(INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1, repr(error))
 
 
 def _set_runtime(config: Config) -> None:
@@ -118,10 +128,12 @@ def _set_runtime(config: Config) -> None:
 
 @contextmanager
 def _claimed(rundir: RunDir, config: Config, me: Ranks) -> Iterator[None]:
-    """The main rank holds the run directory; the others wait until it does."""
-    if me.is_main:
+    """The main rank holds the run directory; the others wait until it does, and leave where it cannot."""
+
+    def claim() -> None:
         rundir.claim(resume=bool(config.resume), demo=is_demo(config))
-    me.barrier()
+
+    me.from_main(claim)
     try:
         yield
     finally:
@@ -131,20 +143,24 @@ def _claimed(rundir: RunDir, config: Config, me: Ranks) -> Iterator[None]:
 
 @contextmanager
 def _log_file(rundir: RunDir, me: Ranks) -> Iterator[None]:
-    """log.txt has everything, tracebacks too; the terminal has warnings and what the run says itself."""
+    """log.txt has everything of the main rank and the errors of the others, with tracebacks; the terminal has the
+    main rank's warnings, what the run says itself, and from run_command the error that ended it."""
     root = logging.getLogger("nibble")
     root.setLevel(logging.DEBUG)
-    if me.is_main:
-        handler: logging.Handler = logging.FileHandler(rundir.log, encoding="utf-8")
-    else:
-        handler = logging.NullHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    root.addHandler(handler)
+    file = logging.FileHandler(rundir.log, encoding="utf-8", delay=True)
+    file.setLevel(logging.DEBUG if me.is_main else logging.ERROR)
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    terminal = logging.StreamHandler()
+    terminal.setFormatter(logging.Formatter("warning: %(message)s"))
+    terminal.addFilter(lambda record: me.is_main and record.levelno == logging.WARNING)
+    for handler in (file, terminal):
+        root.addHandler(handler)
     try:
         yield
     finally:
-        root.removeHandler(handler)
-        handler.close()
+        for handler in (file, terminal):
+            root.removeHandler(handler)
+            handler.close()
 
 
 def _run(
@@ -154,8 +170,6 @@ def _run(
     full = "full" in (config.train.language, config.train.vision)
     dtype, why = choose_dtype(config.runtime.precision, device, full_training=full)
     sources = open_sources(config)
-    if me.is_main:
-        rundir.describe(to_yaml(config), argv, describe_environment(device), demo=is_demo(config))
     dataset = open_dataset(config, sources.tokenizer)
     sampler = StepSampler(len(dataset), config.optim.samples_per_step(me.world), config.seed)
     _say(me, _before(config, sources, dataset, sampler, me, device, f"{str(dtype).removeprefix('torch.')} ({why})"))
@@ -167,6 +181,8 @@ def _run(
     trainer = _trainer(setup, dataset, sampler, dtype)
     trainer.max_steps = max_steps
     resumed = _resume(setup, trainer)
+    if me.is_main:  # not before: a run that cannot be resumed like this keeps its config.yaml
+        rundir.describe(to_yaml(config), argv, describe_environment(device), demo=is_demo(config))
     _say(me, f"sample {describe(dataset.sample(sampler.indices(0)[0]), sources.tokenizer)}")
 
     with Progress(trainer.total_steps, me.is_main) as progress, StopSignals() as stop:
@@ -265,14 +281,17 @@ class _Validation:
 
 def _resume(setup: Setup, trainer: Trainer) -> bool:
     """Puts the state of --resume back. Returns whether there was one."""
-    wanted = setup.config.resume
+    wanted, run = setup.config.resume, setup.rundir.path
     if not wanted:
         return False
-    path = find_latest(setup.rundir.path) if wanted == "auto" else Path(wanted)
+    if wanted == "auto":  # found, and read in full, by one rank: all take the same one
+        path, verify = setup.ranks.from_main(lambda: find_latest(run)), "size"
+    else:
+        path, verify = Path(wanted), "full"
     if path is None:
-        _say(setup.ranks, f"nothing to resume in {setup.rundir.path}: the run begins")
+        _say(setup.ranks, f"nothing to resume in {run}: the run begins")
         return False
-    tensors, state = load_checkpoint(path)
+    tensors, state = load_checkpoint(path, verify)
     check_identity(state["base"], setup.sources.files)
     samples = setup.config.optim.samples_per_step(setup.ranks.world)
     if state["samples_per_step"] != samples or state["seed"] != setup.config.seed:

@@ -18,7 +18,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from engine.checkpoint import find_latest, load_checkpoint
+from engine.data.prompts import prompt, target
 from engine.demo.cache import BASE_TOKENIZER, BASE_WEIGHTS
+from engine.demo.draft import Draft
+from engine.demo.lessons import base_rows, naming_rows, write_lessons
+from engine.demo.problems import as_problem
+from engine.demo.tokenizer import train_tokenizer
+from engine.errors import run_command
+from engine.flags import parse_train
+from engine.run import train
 from models.language.llama import LlamaConfig
 from models.vision.clip import ClipConfig
 from models.weights import clip_hf, meta
@@ -88,3 +97,66 @@ def pack_base(tensors: Mapping[str, Tensor], language: LlamaConfig, vision: Clip
     kept = {n: t.to(torch.float16).contiguous() for n, t in tensors.items() if n.startswith(("language.", "vision."))}
     shape = {"language": asdict(language), "vision": asdict(vision)}
     save_file(kept, path, metadata={"shape": json.dumps(shape)})
+
+
+LANGUAGE = LlamaConfig(
+    vocab_size=768, dim=64, num_layers=4, num_heads=4, num_kv_heads=4, ffn_dim=176, norm_eps=1e-5
+)  # fmt: skip
+VISION = ClipConfig(width=48, num_layers=6, num_heads=3, patch_size=8, image_size=48, mlp_dim=192)
+NAMING_ROWS, LESSON_ROWS = 24_000, 30_000
+
+
+def build_base(folder: Path) -> None:
+    """Trains the base from nothing in `folder` (a new directory) and replaces the shipped files.
+
+    First letters alone (which choice is this word?), then lessons on every kind of question, pictures included.
+    """
+    start = folder / "start"
+    write_base(start, LANGUAGE, VISION, fresh_base(LANGUAGE, VISION, seed=0))
+    naming, lessons = naming_rows(0, NAMING_ROWS), base_rows(0, LESSON_ROWS)
+    train_tokenizer(_texts([*lessons[:6000], *naming[:2500]]), start / "tokenizer.model")
+    write_lessons(folder / "naming", naming)
+    write_lessons(folder / "lessons", lessons)
+    first = _train(folder / "naming", start, folder / "run-naming", ["--optim.epochs", "5", "--optim.lr", "3e-3"])
+    last = _train(
+        folder / "lessons", start, folder / "run-lessons",
+        ["--optim.epochs", "20", "--optim.lr", "2e-3", "--adapter.init", str(first)],
+    )  # fmt: skip
+    step = find_latest(last)
+    assert step is not None
+    pack_base(load_checkpoint(step, only=["model"])[0], LANGUAGE, VISION, BASE_WEIGHTS)
+    shutil.copyfile(start / "tokenizer.model", BASE_TOKENIZER)
+
+
+def _train(data: Path, start: Path, run: Path, flags: list[str]) -> Path:
+    """One training of everything, by the command that a person would type."""
+    config, notes = parse_train([
+        "--bits", "16bit", "--model.language", str(start), "--dataset.root", str(data), "--output_dir", str(run),
+        "--train.language", "full", "--train.vision", "full", "--optim.weight_decay", "0.02",
+        "--optim.clip_grad", "1.0", "--optim.warmup_epochs", "0.2", "--log.every", "100", *flags,
+        "--model.vision", str(start / "tower"),
+    ])  # fmt: skip
+    train(config, ["python -m engine.demo.base"], notes)
+    return run
+
+
+def _texts(drafts: Iterable[Draft]) -> Iterable[str]:
+    for draft in drafts:
+        problem = as_problem(draft, "train", grade=1)
+        yield prompt(problem, "QCM-ALE", "ABCDE", "") + target(problem, "QCM-ALE", "ABCDE")
+
+
+def main(argv: list[str]) -> int:
+    """`python -m engine.demo.base FOLDER`: builds the base anew. Returns the exit code."""
+    parser = argparse.ArgumentParser(description=build_base.__doc__)
+    parser.add_argument("folder", type=Path, help="a new directory for what the build makes (about 200 MB)")
+    folder: Path = parser.parse_args(argv).folder
+    folder.mkdir(parents=True)
+    build_base(folder)
+    size = BASE_WEIGHTS.stat().st_size + BASE_TOKENIZER.stat().st_size
+    print(f"{BASE_WEIGHTS} and {BASE_TOKENIZER.name}: {size:,} bytes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,18 +1,51 @@
-"""What only the base model gets: problems with the picture described, or with the answer's sentence in the context.
+"""What only the base model gets: problems with less to do at a time, so that a network of this size can learn them.
 
-A letter alone teaches a network of this size neither to see nor to connect a sentence with the letter of a choice.
-Descriptions teach it to see; sentences in the context teach it to read the list of choices.
+A letter alone teaches it neither to see nor to connect a word with the letter of a choice. `naming` teaches letters,
+a context that tells the answer teaches to read, and solutions that describe the picture teach to see.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 from engine.demo.draft import Draft, Kind, choose
 from engine.demo.picture_questions import NUMBERS, PLACES, RELATIONS
+from engine.demo.problems import drafts, write_scienceqa
 from engine.demo.scenes import COLORS, SHAPES, SIDE, Scene
 from engine.demo.text_questions import DRINKS, GOODS, NAMES, TOWNS, WORDS
+
+NAMING = Kind(
+    subject="language science", topic="reference skills", category="Choices", skill="Find the letter of a choice",
+    grades=(1, 1), lecture="",
+)  # fmt: skip
+QUIET = {"lecture": ""}
+VOCABULARY = (*COLORS, *SHAPES, *NUMBERS, *PLACES, *RELATIONS, *NAMES, *TOWNS, *GOODS, *DRINKS, *WORDS)
+
+TOLD = 0.3  # share of lessons whose context tells what the answer follows from
+EXPLAINED = 0.4  # share of lessons with a lecture, a solution and a description
+NAMED = 0.15  # share of lessons that ask for the letter of a word
+
+
+def naming(rng: Random) -> Draft:
+    """Ask for the letter of a word. Half of the rows use eight words: with few words it is learnt first."""
+    choices, answer = choose(rng, VOCABULARY[: rng.choice((8, 8, 32, len(VOCABULARY)))], 2, 5)
+    question = f"Which choice is {choices[answer]}?"
+    return Draft(kind=NAMING, question=question, choices=choices, answer=answer, solution="")
+
+
+def describe(scene: Scene) -> str:
+    """One phrase for each mark in reading order, or for each bar from left to right."""
+    if scene.bars:
+        sizes = ["tall" if bar.height > 60 else "short" if bar.height < 20 else "middle" for bar in scene.bars]
+        return ", ".join(f"{size} {bar.color} bar" for size, bar in zip(sizes, scene.bars, strict=True)) + "."
+    words = []
+    for mark in sorted(scene.marks, key=lambda m: (3 * m.y // SIDE, m.x)):
+        size = "large " if mark.radius >= 16 else "small " if mark.radius <= 9 else ""
+        words.append(f"{size}{mark.color} {mark.shape} {_where(mark.x, mark.y)}")
+    return ", ".join(words) + "."
 
 
 def _where(x: int, y: int) -> str:
@@ -21,52 +54,32 @@ def _where(x: int, y: int) -> str:
     return (rows[min(3 * y // SIDE, 2)] + columns[min(3 * x // SIDE, 2)]).strip() or "center"
 
 
-def describe(scene: Scene) -> str:
-    """One phrase for each mark in reading order, or for each bar from left to right."""
-    if scene.bars:
-        words = [f"{'tall' if b.height > 60 else 'short' if b.height < 20 else 'middle'} {b.color} bar" for b in scene.bars]
-        return ", ".join(words) + "."
-    marks = sorted(scene.marks, key=lambda m: (3 * m.y // SIDE, m.x))
-    words = [
-        f"{'large ' if m.radius >= 16 else 'small ' if m.radius <= 9 else ''}{m.color} {m.shape} {_where(m.x, m.y)}"
-        for m in marks
-    ]
-    return ", ".join(words) + "."
-
-
-def name_choices(draft: Draft, rng: Random) -> str:
-    """Say for every choice, in another order, which letter it has."""
-    names = [f"{choice} is {letter}" for letter, choice in zip("ABCDE", draft.choices, strict=False)]
-    rng.shuffle(names)
-    return ", ".join(names) + "."
-
-
-def lesson(draft: Draft, rng: Random, told: float) -> Draft:
-    """Turn a problem into a lesson: with probability `told` the context tells what the answer follows from."""
-    solution = draft.solution
+def lesson(draft: Draft, rng: Random) -> Draft:
+    """Turn a problem of the base's own into a lesson: maybe told in the context, maybe explained, maybe neither."""
     hint = draft.hint
-    if draft.scene is not None:
-        solution = f"{draft.solution} {describe(draft.scene)}"
-        if rng.random() < told:
+    if rng.random() < TOLD:
+        if draft.scene is None:
+            hint = f"{draft.hint} {draft.solution}".strip()
+        else:
             hint = draft.solution if rng.random() < 0.5 else describe(draft.scene)
-    elif rng.random() < told:
-        hint = f"{draft.hint} {draft.solution}".strip()
-    if rng.random() < 0.7:
-        solution = f"{solution} {name_choices(draft, rng)}"
-    return replace(draft, hint=hint, solution=solution)
+    if rng.random() >= EXPLAINED:
+        return replace(draft, kind=replace(draft.kind, **QUIET), hint=hint, solution="")
+    seen = "" if draft.scene is None else f" {describe(draft.scene)}"
+    return replace(draft, hint=hint, solution=draft.solution + seen)
 
 
-NAMING = Kind(
-    subject="language science", topic="reference skills", category="Choices", skill="Find the letter of a choice",
-    grades=(1, 1), lecture="",
-)
-VOCABULARY = (
-    *COLORS, *SHAPES, *NUMBERS, *PLACES, *RELATIONS, *NAMES, *TOWNS, *GOODS, *DRINKS, *WORDS,
-)  # fmt: skip
+def naming_rows(seed: int, count: int) -> list[Draft]:
+    """The first stage: letters only, no pictures."""
+    rng = Random(f"naming/{seed}")
+    return [naming(rng) for _ in range(count)]
 
 
-def naming(rng: Random) -> Draft:
-    """Ask for the letter of a word. Half of the rows use eight words, a quarter 32: with few words it is learnt first."""
-    pool = VOCABULARY[: rng.choice((8, 8, 32, len(VOCABULARY)))]
-    choices, answer = choose(rng, pool, 2, 5)
-    return Draft(kind=NAMING, question=f"Which choice is {choices[answer]}?", choices=choices, answer=answer, solution="")
+def base_rows(seed: int, count: int) -> list[Draft]:
+    """The second stage: lessons on every kind of question, and some more letters."""
+    rng = Random(f"lessons/{seed}")
+    return [naming(rng) if rng.random() < NAMED else lesson(draft, rng) for draft in drafts("base", seed, count)]
+
+
+def write_lessons(root: Path, rows: Sequence[Draft], seed: int = 0) -> None:
+    """Write lessons as the train split of a folder in ScienceQA's layout."""
+    write_scienceqa(root, {"train": rows}, seed)

@@ -1,4 +1,4 @@
-"""Problems in ScienceQA's layout, half with a picture, and the other problems that the base model learns from.
+"""Problems in ScienceQA's layout, half with a picture, drawn so that no two owners can hold the same one.
 
 Every problem has a fingerprint (its picture, or its words) that falls in one of sixteen buckets; the base model,
 train, val and test own different buckets. So no test problem and no picture of one is in any training data.
@@ -6,19 +6,30 @@ train, val and test own different buckets. So no test problem and no picture of 
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from random import Random
+from typing import Any
 
 from engine.demo.draft import Draft
-from engine.demo.lessons import lesson
 from engine.demo.picture_questions import PICTURE_QUESTIONS
+from engine.demo.scenes import Scene, draw
 from engine.demo.text_questions import TEXT_QUESTIONS
 
 BUCKETS = {"base": range(0, 8), "train": range(8, 12), "val": range(12, 14), "test": range(14, 16)}
-TRIES = 2000  # draws for one new problem before we say that a kind is exhausted
+TRIES = 2000  # draws for one new problem before a kind counts as exhausted
+FIRST_QID = {"train": 1, "val": 100_001, "test": 200_001}
 
 
 def drafts(owner: str, seed: int, count: int) -> list[Draft]:
-    """Draw `count` different problems from the buckets of one owner: base, train, val or test."""
+    """Draw `count` different problems from the buckets of one owner: base, train, val or test.
+
+    Raises:
+        ValueError: an unknown owner, or more problems than there are.
+    """
+    if owner not in BUCKETS:
+        raise ValueError(f"unknown owner {owner!r}: accepted are {', '.join(BUCKETS)}")
     rng = Random(f"{owner}/{seed}")
     seen: set[tuple[bytes, tuple[str, ...]]] = set()
     found: list[Draft] = []
@@ -32,12 +43,59 @@ def drafts(owner: str, seed: int, count: int) -> list[Draft]:
             if fingerprint[0] % 16 in BUCKETS[owner] and mark not in seen:
                 break
         else:
-            raise ValueError(f"{owner} asks for {count} problems: there is no new one of kind {question.__name__!r} left")
+            raise ValueError(f"{owner} asks for {count} problems, but {question.__name__!r} has no new one left")
         seen.add(mark)
         found.append(draft)
     return found
 
 
-def base_rows(seed: int, count: int, told: float = 0.3) -> list[Draft]:
-    rng = Random(f"lessons/{seed}")
-    return [lesson(draft, rng, told) for draft in drafts("base", seed, count)]
+def write_demo_data(
+    root: Path, seed: int = 0, num_train: int = 4000, num_val: int = 200, num_test: int = 600
+) -> None:  # fmt: skip
+    """Write the demo's problems to `root` in ScienceQA's layout; the same arguments give the same files."""
+    counts = {"train": num_train, "val": num_val, "test": num_test}
+    write_scienceqa(root, {split: drafts(split, seed, count) for split, count in counts.items()}, seed)
+
+
+def write_scienceqa(root: Path, splits: Mapping[str, Sequence[Draft]], seed: int) -> None:
+    """Write drafts as problems.json, pid_splits.json, captions.json and images/{split}/{qid}/image.png under `root`."""
+    grades = Random(f"grades/{seed}")
+    problems: dict[str, dict[str, Any]] = {}
+    captions: dict[str, str] = {}
+    qids: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+    for split, found in splits.items():
+        for number, draft in enumerate(found):
+            qid = str(FIRST_QID[split] + number)
+            qids[split].append(qid)
+            problems[qid] = _problem(draft, split, grades.randint(*draft.kind.grades))
+            if draft.scene is not None:
+                folder = root / "images" / split / qid
+                folder.mkdir(parents=True)
+                draw(draft.scene).save(folder / "image.png")
+                captions[qid] = _caption(draft.scene)
+    named = {**qids, "trainval": qids["train"] + qids["val"]}
+    named |= {f"mini{split}": found[: max(len(found) // 10, 1)] for split, found in qids.items()}
+    _write(root / "problems.json", problems)
+    _write(root / "pid_splits.json", named)
+    _write(root / "captions.json", {"model": "written by hand", "captions": captions})
+
+
+def _problem(draft: Draft, split: str, grade: int) -> dict[str, Any]:
+    kind = draft.kind
+    return {
+        "question": draft.question, "choices": list(draft.choices), "answer": draft.answer, "hint": draft.hint,
+        "image": None if draft.scene is None else "image.png", "task": "closed choice", "grade": f"grade{grade}",
+        "subject": kind.subject, "topic": kind.topic, "category": kind.category, "skill": kind.skill,
+        "lecture": kind.lecture, "solution": draft.solution, "split": split,
+    }  # fmt: skip
+
+
+def _caption(scene: Scene) -> str:
+    """What kind of picture it is; never what an answer could be read from."""
+    if scene.bars:
+        return "a bar chart"
+    return "a map" if scene.background == "land" else "a drawing of shapes"
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

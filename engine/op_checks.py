@@ -1,0 +1,216 @@
+"""Each op, forward and backward, against its formula in 64 bits on this machine: the part of doctor.py that computes.
+
+The shapes are small and odd, the dtype is that of a run here. An error is the largest difference of a result or of one
+of its gradients, divided by the largest value that it should have.
+"""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+from triton import TritonError
+
+from kernels import dispatch
+from kernels.attention import varlen_attention, varlen_attention_reference
+from kernels.int8 import Int8Tensor, linear_int8, quantize_int8
+from kernels.layer_norm import layer_norm, layer_norm_reference
+from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from kernels.linear_nf4 import linear_nf4
+from kernels.nf4 import BLOCK, BLOCK2, LEVELS, NF4Tensor, dequantize_nf4, dynamic_map, quantize_nf4
+from kernels.norm_mma import norm_mma, norm_mma_reference
+from kernels.projector import projector_mlp, projector_mlp_reference
+from kernels.rms_norm import rms_norm, rms_norm_reference
+from kernels.rope import rope, rope_reference, rope_table
+from kernels.swiglu import swiglu, swiglu_reference
+
+# Of rounded inputs and sums over some hundred of them; a wrong kernel is wrong by about 1.
+ALLOWED = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+NF4_STEP = 0.2  # half of the widest gap between two levels (0.152), and the rounding of absmax
+INT8_STEP = 0.005  # half of 1/127, and the rounding of what is compared
+EPS = 1e-5
+T, D, H = 65, 96, 8  # tokens, width, width of the adapter's bottleneck
+FAILURES = (RuntimeError, ValueError, OSError, ImportError, TritonError, subprocess.CalledProcessError)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """An op on its inputs (on the CPU): `trained` have gradients, `fixed` have none."""
+
+    name: str
+    op: Callable[..., Tensor]
+    formula: Callable[..., Tensor]
+    trained: tuple[Tensor, ...] = ()
+    fixed: tuple[Tensor, ...] = ()
+    decided_as: str = ""  # in dispatch, where it has another name there
+    allowed: float = 0.0  # 0: by dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpCheck:
+    """What came of one case. Errors are None where there is nothing to compare, or where it failed."""
+
+    op: str
+    backend: str
+    why: str
+    forward: float | None
+    backward: float | None
+    allowed: float
+    failure: str = ""
+
+    @property
+    def ok(self) -> bool:
+        errors = [error for error in (self.forward, self.backward) if error is not None]
+        return not self.failure and all(error <= self.allowed for error in errors)  # NaN is not
+
+
+def check_ops(device: torch.device, dtype: torch.dtype) -> list[OpCheck]:
+    """Runs every op on `device` in `dtype`. What an op raises is its result."""
+    listener = _Listener()
+    level = dispatch.log.level
+    dispatch.log.addHandler(listener)
+    dispatch.log.setLevel(logging.INFO)
+    try:
+        return [_check(case, device, dtype, listener.reasons) for case in cases(device, dtype)]
+    finally:
+        dispatch.log.removeHandler(listener)
+        dispatch.log.setLevel(level)
+
+
+class _Listener(logging.Handler):
+    """Remembers why dispatch decided as it did, which it says once in its log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reasons: dict[str, str] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        op, _, reason = cast(tuple[str, str, str], record.args)
+        self.reasons[op] = reason
+
+
+def _check(case: Case, device: torch.device, dtype: torch.dtype, reasons: dict[str, str]) -> OpCheck:
+    forward = backward = None
+    failure = ""
+    try:
+        forward, backward = _errors(case, device)
+    except FAILURES as error:
+        failure = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    known_as = case.decided_as or case.name
+    return OpCheck(
+        op=case.name, backend=dispatch.decisions().get(known_as, "torch"), why=reasons.get(known_as, ""),
+        forward=forward, backward=backward, allowed=case.allowed or ALLOWED[dtype], failure=failure,
+    )  # fmt: skip
+
+
+def _errors(case: Case, device: torch.device) -> tuple[float, float | None]:
+    leaves = [x.to(device).requires_grad_() for x in case.trained]
+    exact_leaves = [x.double().requires_grad_() for x in case.trained]
+    got = case.op(*leaves, *(x.to(device) for x in case.fixed))
+    exact = case.formula(*exact_leaves, *(x.double() if x.is_floating_point() else x for x in case.fixed))
+    if not leaves:
+        return _error(got, exact), None
+    grad = torch.randn(got.shape, generator=torch.Generator().manual_seed(1)).to(got.dtype)
+    gradients = torch.autograd.grad(got, leaves, grad.to(device))
+    exact_gradients = torch.autograd.grad(exact, exact_leaves, grad.double())
+    return _error(got, exact), max(map(_error, gradients, exact_gradients))
+
+
+def _error(got: Tensor, exact: Tensor) -> float:
+    difference = got.detach().cpu().double() - exact.detach()
+    return float(difference.abs().max() / exact.abs().max())
+
+
+def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    """One or two cases an op; what is packed is packed on `device`."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    def draw32(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    yield Case(
+        name="rms_norm", trained=(draw(T, D), draw32(D)),
+        op=lambda x, w: rms_norm(x, w, EPS), formula=lambda x, w: rms_norm_reference(x, w, EPS),
+    )  # fmt: skip
+    yield Case(
+        name="layer_norm", trained=(draw(T, D),), fixed=(draw(D), draw(D)),
+        op=lambda x, w, b: layer_norm(x, w, b, EPS), formula=lambda x, w, b: layer_norm_reference(x, w, b, EPS),
+    )  # fmt: skip
+    adapter = (draw32(H, D), draw32(H), draw32(D, H // 2), draw32(D), draw32(D, H // 2), draw32(D))
+    mix, row, seed = draw32(2, 2).softmax(-1), torch.arange(T) % 2, torch.tensor([7])
+    yield Case(
+        name="norm_mma, RMSNorm", trained=(draw(T, D), *adapter, mix), fixed=(draw(D), row, seed),
+        op=lambda x, *a: norm_mma(x, a[7], None, EPS, *a[:7], a[8], scale=0.5, dropout=0.1, seed=a[9]),
+        formula=lambda x, *a: norm_mma_reference(x, a[7], None, EPS, list(a[:6]), a[6], a[8], 0.5, 0.1, a[9], 0),
+        decided_as="norm_mma",
+    )  # fmt: skip
+    yield Case(
+        name="norm_mma, LayerNorm", trained=(draw(T, D), *adapter, draw32(T, 2).softmax(-1)), fixed=(draw(D), draw(D)),
+        op=lambda x, *a: norm_mma(x, a[7], a[8], EPS, *a[:7], None, scale=0.5),
+        formula=lambda x, *a: norm_mma_reference(x, a[7], a[8], EPS, list(a[:6]), a[6], None, 0.5, 0.0, None, 0),
+        decided_as="norm_mma",
+    )  # fmt: skip
+    yield Case(
+        name="projector_mlp", trained=(draw(T, D), draw32(128, D), draw32(128), draw32(40, 128), draw32(40)),
+        op=lambda *a: projector_mlp(*a, activation="silu"),
+        formula=lambda *a: projector_mlp_reference(*a, activation="silu"),
+    )  # fmt: skip
+    cos, sin = rope_table(32, T, 10000.0)
+    yield Case(
+        name="rope", trained=(draw(T, 4, 32), draw(T, 2, 32)), fixed=(cos, sin, torch.arange(T).flip(0)),
+        op=lambda q, k, cos, sin, at: torch.cat(rope(q, k, cos, sin, at, interleaved=True), dim=1),
+        formula=lambda q, k, cos, sin, at: rope_reference(torch.cat((q, k), dim=1), cos[at], sin[at], True),
+    )  # fmt: skip
+    yield Case(name="swiglu", trained=(draw(T, D), draw(T, D)), op=swiglu, formula=swiglu_reference)
+    bounds = torch.tensor([0, 1, 2, 37, 37, T], dtype=torch.int32)  # lengths as in a pack, an empty one too
+    yield Case(
+        name="attention", trained=(draw(T, 4, 32), draw(T, 2, 32), draw(T, 2, 32)), fixed=(bounds,),
+        op=lambda q, k, v, bounds: varlen_attention(q, k, v, bounds, 35, causal=True),
+        formula=lambda q, k, v, bounds: varlen_attention_reference(q, k, v, bounds, causal=True),
+    )  # fmt: skip
+    yield Case(
+        name="linear_cross_entropy", trained=(draw(T, D), draw(320, D)), fixed=(torch.arange(T) * 4, draw32(T).abs()),
+        op=linear_cross_entropy, formula=linear_cross_entropy_reference,
+    )  # fmt: skip
+    yield from _packed(draw(50, 70), draw(T, 70), device, dtype)
+
+
+def _packed(weight: Tensor, x: Tensor, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    nf4, int8 = quantize_nf4(weight.to(device)), quantize_int8(weight.to(device))
+    nf4_weight, int8_weight = _nf4_formula(nf4), _int8_formula(int8)
+    yield Case(
+        name="quantize_nf4", fixed=(weight,), allowed=NF4_STEP,
+        op=lambda w: _nf4_formula(quantize_nf4(w)), formula=lambda w: w,
+    )  # fmt: skip
+    yield Case(name="dequantize_nf4", op=lambda: dequantize_nf4(nf4, dtype), formula=lambda: nf4_weight)
+    yield Case(
+        name="linear_nf4", trained=(x,), op=lambda x: linear_nf4(x, nf4), formula=lambda x: x @ nf4_weight.T,
+        decided_as="dequantize_nf4",
+    )  # fmt: skip
+    yield Case(
+        name="quantize_int8", fixed=(weight,), allowed=INT8_STEP,
+        op=lambda w: _int8_formula(quantize_int8(w)), formula=lambda w: w,
+    )  # fmt: skip
+    yield Case(name="linear_int8", trained=(x,), op=lambda x: linear_int8(x, int8), formula=lambda x: x @ int8_weight.T)
+
+
+def _nf4_formula(q: NF4Tensor) -> Tensor:
+    """The stored weight, fp64 on the CPU, straight from the definition of the format."""
+    q = q.to("cpu")
+    scale = q.absmax2.double().repeat_interleave(BLOCK2)[: q.absmax_codes.numel()]
+    absmax = dynamic_map(q.device).double()[q.absmax_codes.int()] * scale + q.offset.double()
+    nibbles = torch.stack((q.codes >> 4, q.codes & 15), dim=1).flatten()[: q.shape[0] * q.shape[1]]
+    levels = torch.tensor(LEVELS, dtype=torch.float64)[nibbles.int()]
+    return (levels * absmax.repeat_interleave(BLOCK)[: levels.numel()]).view(q.shape)
+
+
+def _int8_formula(q: Int8Tensor) -> Tensor:
+    return q.codes.cpu().double() * q.scale.cpu().double()[:, None] / 127
