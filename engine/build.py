@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from engine.checkpoint import find_latest, load_checkpoint
 from engine.config import Config
@@ -26,6 +27,7 @@ from models.vlm import Legacy, VisionLanguageModel, VLMConfig
 from models.weights.clip import VisionSource, find_vision, open_vision
 from models.weights.language import LanguageSource, open_language
 from models.weights.lavin import read_lavin_adapters
+from models.weights.names import check_shapes
 
 BITS = {"4bit": 4, "8bit": 8, "16bit": 16}
 
@@ -176,8 +178,8 @@ def load_trained(model: VisionLanguageModel, path: Path) -> str:
     Returns what was read.
 
     Raises:
-        CheckpointError: nothing is there, or its tensors are not those that train under this configuration.
-        WeightsError: the same of LaVIN's file.
+        CheckpointError: nothing whole is there.
+        WeightsError: its tensors are not those that train under this configuration (all listed).
     """
     trainable = model.trainable()
     if path.is_dir():
@@ -185,24 +187,24 @@ def load_trained(model: VisionLanguageModel, path: Path) -> str:
         if step is None:
             raise CheckpointError(f"{path} has no checkpoint", do="name a run directory that was trained")
         tensors, _ = load_checkpoint(step, only=["model"])
-        if tensors.keys() != trainable.keys():
-            missing, extra = sorted(trainable.keys() - tensors.keys()), sorted(tensors.keys() - trainable.keys())
-            raise CheckpointError(
-                f"{step} holds other tensors than this model trains: {len(missing)} missing, {len(extra)} unexpected",
-                where=", ".join([*missing[:3], *extra[:3]]), do="use the configuration of that run (config.yaml)",
-            )  # fmt: skip
         path = step
     else:
         tensors = read_lavin_adapters(path, {name: tuple(p.shape) for name, p in trainable.items()})
-    with torch.no_grad():
-        for name, parameter in trainable.items():
-            if parameter.shape != tensors[name].shape:
-                raise CheckpointError(
-                    f"{name} is {tuple(tensors[name].shape)} in the file, {tuple(parameter.shape)} here",
-                    where=str(path),
-                )
-            parameter.copy_(tensors[name])
+    put_back(trainable, tensors, path)
     return str(path)
+
+
+@torch.no_grad()
+def put_back(trainable: Mapping[str, Tensor], tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Copies the tensors of `file` into the parameters of the same names.
+
+    Raises:
+        WeightsError: names or shapes are not those that train under this configuration (all listed).
+    """
+    found, expected = ({name: tuple(t.shape) for name, t in these.items()} for these in (tensors, trainable))
+    check_shapes(file, found, expected, do="use the configuration of the run that wrote it (its config.yaml)")
+    for name, parameter in trainable.items():
+        parameter.copy_(tensors[name])
 
 
 def best_or_latest(run: Path) -> Path | None:

@@ -132,6 +132,13 @@ def _check_data(config: Config) -> None:
         )
     if dataset.format == "rows" and not config.data:
         raise UsageError("dataset.format rows without rows", where="--data", do="--data my.json")
+    if config.log.evaluate != "none" and config.data:
+        raise UsageError(
+            f"log.evaluate {config.log.evaluate} with rows of your own",
+            where="--log.evaluate",
+            why="it scores ScienceQA's choices",
+            do="--eval_data FILE for the validation loss",
+        )
     own_rows = config.data or dataset.format == "chat"
     if config.eval_every and own_rows and not config.eval_data:
         raise UsageError(
@@ -155,6 +162,14 @@ def _check_training(config: Config) -> None:
                 where=f"--{path}",
                 why="quantized weights cannot be trained",
                 do=f"--{path} 16bit, or --train.{part} mma",
+            )
+    for part in ("language", "vision"):
+        if config.log.lavin_checkpoints and get(train, part) == "full":
+            raise UsageError(
+                f"log.lavin_checkpoints with train.{part} full",
+                where="--log.lavin_checkpoints",
+                why="LaVIN's files hold adapters and the projector only",
+                do="--log.no_lavin_checkpoints: the run's own checkpoints hold all that trains",
             )
     if config.optim.lr is not None and config.optim.min_lr > config.optim.lr:
         raise UsageError(

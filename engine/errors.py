@@ -99,6 +99,8 @@ def as_nibble_error(error: BaseException) -> NibbleError | None:
     """The error as one of ours, or None where it is a defect that deserves its traceback."""
     if isinstance(error, NibbleError):
         return error
+    if isinstance(error, OSError):
+        return EnvironmentProblem(error.strerror or str(error), where=str(error.filename or ""))
     for base in type(error).__mro__:
         if base.__name__ in _FROM_BELOW:
             return _FROM_BELOW[base.__name__](str(error))
@@ -117,7 +119,7 @@ def run_command(main: Callable[[list[str]], int | None], argv: Sequence[str] | N
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    except (NibbleError, ValueError, RuntimeError) as error:
+    except (NibbleError, ValueError, RuntimeError, OSError) as error:
         known = as_nibble_error(error)
         if known is None:
             raise

@@ -21,7 +21,7 @@ from omegaconf.errors import ValidationError
 
 from engine.checks import effectless, validate
 from engine.command_line import Flag, split
-from engine.config import ChatConfig, Config, EvalConfig, leaves
+from engine.config import ChatConfig, Config, EvalConfig, get, leaves
 from engine.config_file import from_yaml, refuse_interpolation
 from engine.dialects import lavin
 from engine.errors import UsageError
@@ -31,6 +31,10 @@ Tree = TypeVar("Tree", Config, EvalConfig, ChatConfig)
 
 DEMO = Path(__file__).parent / "demo" / "demo.yaml"  # the settings where nothing is named to train on
 WHAT_TO_TRAIN = {"data", "dataset.root", "model.language"}
+FILES = {  # leaves that name a file or a folder
+    "data", "image_folder", "output_dir", "eval_data", "resume", "run", "output", "image", "model.language",
+    "model.tokenizer", "model.vision", "model.delta", "adapter.init", "dataset.root", "dataset.captions",
+}  # fmt: skip
 
 
 def parse_train(argv: Sequence[str]) -> tuple[Config, list[str]]:
@@ -97,7 +101,21 @@ def _override(base: Tree, flags: Sequence[Flag], foreign: Collection[str], *, sp
         except ValidationError as error:
             reason = str(error).splitlines()[0]
             raise UsageError(f"{flag.typed} is {value!r}", where=flag.typed, why=reason) from error
-    return typing.cast(Tree, OmegaConf.to_object(tree))
+    return _at_home(typing.cast(Tree, OmegaConf.to_object(tree)))
+
+
+def _at_home(tree: Tree) -> Tree:
+    """`tree` with the home folder in place of a leading ~, which a shell replaces in a word of its own only: neither in
+    --data=~/my.json nor in a recipe."""
+    for path in FILES & leaves(type(tree)).keys():
+        group, _, name = path.rpartition(".")
+        value = get(tree, path)
+        if value.startswith("~"):
+            try:
+                setattr(get(tree, group) if group else tree, name, str(Path(value).expanduser()))
+            except RuntimeError as error:
+                raise UsageError(f"{path} is {value!r}", where=f"--{path}", why=str(error)) from error
+    return tree
 
 
 def _value(flag: Flag, kind: Any) -> str | bool | None:

@@ -102,15 +102,16 @@ def _check(case: Case, device: torch.device, dtype: torch.dtype, reasons: dict[s
     except FAILURES as error:
         failure = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     known_as = case.decided_as or case.name
+    backend, why = dispatch.decisions().get(known_as), reasons.get(known_as, "")
     return OpCheck(
-        op=case.name, backend=dispatch.decisions().get(known_as, "torch"), why=reasons.get(known_as, ""),
+        op=case.name, backend=backend or "torch", why=why if backend else "the only implementation",
         forward=forward, backward=backward, allowed=case.allowed or ALLOWED[dtype], failure=failure,
     )  # fmt: skip
 
 
 def _errors(case: Case, device: torch.device) -> tuple[float, float | None]:
-    leaves = [x.to(device).requires_grad_() for x in case.trained]
-    exact_leaves = [x.double().requires_grad_() for x in case.trained]
+    leaves = [x.detach().to(device).requires_grad_() for x in case.trained]
+    exact_leaves = [x.detach().double().requires_grad_() for x in case.trained]
     got = case.op(*leaves, *(x.to(device) for x in case.fixed))
     exact = case.formula(*exact_leaves, *(x.double() if x.is_floating_point() else x for x in case.fixed))
     if not leaves:
@@ -122,12 +123,12 @@ def _errors(case: Case, device: torch.device) -> tuple[float, float | None]:
 
 
 def _error(got: Tensor, exact: Tensor) -> float:
-    difference = got.detach().cpu().double() - exact.detach()
-    return float(difference.abs().max() / exact.abs().max())
+    got, exact = got.detach().cpu().double(), exact.detach()
+    return float((got - exact).abs().max() / exact.abs().max())
 
 
 def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
-    """One or two cases an op; what is packed is packed on `device`."""
+    """One or two cases an op, in the order of a layer."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -148,20 +149,28 @@ def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     mix, row, seed = draw32(2, 2).softmax(-1), torch.arange(T) % 2, torch.tensor([7])
     yield Case(
         name="norm_mma, RMSNorm", trained=(draw(T, D), *adapter, mix), fixed=(draw(D), row, seed),
-        op=lambda x, *a: norm_mma(x, a[7], None, EPS, *a[:7], a[8], scale=0.5, dropout=0.1, seed=a[9]),
-        formula=lambda x, *a: norm_mma_reference(x, a[7], None, EPS, list(a[:6]), a[6], a[8], 0.5, 0.1, a[9], 0),
+        op=lambda x, dw, db, w0, b0, w1, b1, mix, norm, row, seed: norm_mma(
+            x, norm, None, EPS, dw, db, w0, b0, w1, b1, mix, row, scale=0.5, dropout=0.1, seed=seed
+        ),
+        formula=lambda x, dw, db, w0, b0, w1, b1, mix, norm, row, seed: norm_mma_reference(
+            x, norm, None, EPS, [dw, db, w0, b0, w1, b1], mix, row, 0.5, 0.1, seed, 0
+        ),
         decided_as="norm_mma",
     )  # fmt: skip
     yield Case(
         name="norm_mma, LayerNorm", trained=(draw(T, D), *adapter, draw32(T, 2).softmax(-1)), fixed=(draw(D), draw(D)),
-        op=lambda x, *a: norm_mma(x, a[7], a[8], EPS, *a[:7], None, scale=0.5),
-        formula=lambda x, *a: norm_mma_reference(x, a[7], a[8], EPS, list(a[:6]), a[6], None, 0.5, 0.0, None, 0),
+        op=lambda x, dw, db, w0, b0, w1, b1, mix, norm, bias: norm_mma(
+            x, norm, bias, EPS, dw, db, w0, b0, w1, b1, mix, None, scale=0.5
+        ),
+        formula=lambda x, dw, db, w0, b0, w1, b1, mix, norm, bias: norm_mma_reference(
+            x, norm, bias, EPS, [dw, db, w0, b0, w1, b1], mix, None, 0.5, 0.0, None, 0
+        ),
         decided_as="norm_mma",
     )  # fmt: skip
     yield Case(
         name="projector_mlp", trained=(draw(T, D), draw32(128, D), draw32(128), draw32(40, 128), draw32(40)),
-        op=lambda *a: projector_mlp(*a, activation="silu"),
-        formula=lambda *a: projector_mlp_reference(*a, activation="silu"),
+        op=lambda x, w1, b1, w2, b2: projector_mlp(x, w1, b1, w2, b2, "silu"),
+        formula=lambda x, w1, b1, w2, b2: projector_mlp_reference(x, w1, b1, w2, b2, "silu"),
     )  # fmt: skip
     cos, sin = rope_table(32, T, 10000.0)
     yield Case(
@@ -184,22 +193,31 @@ def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
 
 
 def _packed(weight: Tensor, x: Tensor, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
-    nf4, int8 = quantize_nf4(weight.to(device)), quantize_int8(weight.to(device))
-    nf4_weight, int8_weight = _nf4_formula(nf4), _int8_formula(int8)
+    """The op has the weight packed on `device`, the formula the one packed on the CPU: the two must be the same."""
+
+    def nf4() -> NF4Tensor:
+        return quantize_nf4(weight.to(device))
+
+    def int8() -> Int8Tensor:
+        return quantize_int8(weight.to(device))
+
+    nf4_weight, int8_weight = _nf4_formula(quantize_nf4(weight)), _int8_formula(quantize_int8(weight))
     yield Case(
         name="quantize_nf4", fixed=(weight,), allowed=NF4_STEP,
         op=lambda w: _nf4_formula(quantize_nf4(w)), formula=lambda w: w,
     )  # fmt: skip
-    yield Case(name="dequantize_nf4", op=lambda: dequantize_nf4(nf4, dtype), formula=lambda: nf4_weight)
+    yield Case(name="dequantize_nf4", op=lambda: dequantize_nf4(nf4(), dtype), formula=lambda: nf4_weight)
     yield Case(
-        name="linear_nf4", trained=(x,), op=lambda x: linear_nf4(x, nf4), formula=lambda x: x @ nf4_weight.T,
+        name="linear_nf4", trained=(x,), op=lambda x: linear_nf4(x, nf4()), formula=lambda x: x @ nf4_weight.T,
         decided_as="dequantize_nf4",
     )  # fmt: skip
     yield Case(
         name="quantize_int8", fixed=(weight,), allowed=INT8_STEP,
         op=lambda w: _int8_formula(quantize_int8(w)), formula=lambda w: w,
     )  # fmt: skip
-    yield Case(name="linear_int8", trained=(x,), op=lambda x: linear_int8(x, int8), formula=lambda x: x @ int8_weight.T)
+    yield Case(
+        name="linear_int8", trained=(x,), op=lambda x: linear_int8(x, int8()), formula=lambda x: x @ int8_weight.T
+    )
 
 
 def _nf4_formula(q: NF4Tensor) -> Tensor:

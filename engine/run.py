@@ -32,6 +32,7 @@ from engine.data.preview import describe
 from engine.data.rows import Rows
 from engine.data.sample import Dataset
 from engine.data.sampler import StepSampler
+from engine.data.scienceqa import ScienceQA
 from engine.distributed import Ranks, ranks
 from engine.environment import describe_environment, device_name
 from engine.errors import INTERRUPTED, CheckpointError, NibbleError, as_nibble_error
@@ -69,10 +70,13 @@ class Setup:
     ranks: Ranks
     device: torch.device
     rundir: RunDir
+    benchmark: ScienceQA | None  # the evaluation split, where --log.evaluate asks for it
 
     def accuracy(self, progress: Progress) -> dict[str, float]:
-        """ScienceQA's score table of the evaluation split, computed on every rank alike."""
-        dataset = open_scienceqa(self.config, self.sources.tokenizer, self.config.dataset.eval_split)
+        """The score table of the benchmark, computed on every rank alike; empty without one."""
+        dataset = self.benchmark
+        if dataset is None:
+            return {}
         progress.note(f"scoring {len(dataset):,} problems of the {self.config.dataset.eval_split} split")
         guesses = predict(
             self.model, dataset, self.reader.tile,
@@ -107,14 +111,18 @@ def train(config: Config, argv: Sequence[str], notes: Sequence[str], max_steps: 
 def _record_error(rundir: RunDir, me: Ranks, error: BaseException) -> None:
     """log.txt gets the traceback, exit.json the code.
 
-    The rank that knows what went wrong writes exit.json. The others only see it leave, some moments later.
+    Raises:
+        SystemExit: another rank has told why the run ends; that it is gone is all that this rank knows.
     """
     known = as_nibble_error(error)
     logger.error("the run ended with an error on rank %d", me.rank, exc_info=error)
-    if known is not None:
-        rundir.write_exit(known.exit_code, str(known))
-    elif me.is_main and not rundir.exit.exists():
-        rundir.write_exit(INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1, repr(error))
+    if known is None and me.world > 1 and rundir.exit.exists():
+        raise SystemExit(1) from error
+    code = known.exit_code if known else INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
+    try:
+        rundir.write_exit(code, str(known or repr(error)))
+    except OSError as problem:  # a full disk may be why the run ends
+        logger.warning("cannot write %s: %s", rundir.exit, problem)
 
 
 def _set_runtime(config: Config) -> None:
@@ -172,12 +180,15 @@ def _run(
     sources = open_sources(config)
     dataset = open_dataset(config, sources.tokenizer)
     sampler = StepSampler(len(dataset), config.optim.samples_per_step(me.world), config.seed)
+    wanted = config.log.evaluate != "none"  # opened, and so checked, before the hours of training
+    benchmark = open_scienceqa(config, sources.tokenizer, config.dataset.eval_split) if wanted else None
     _say(me, _before(config, sources, dataset, sampler, me, device, f"{str(dtype).removeprefix('torch.')} ({why})"))
 
     model = build_model(config, sources, device=device, dtype=dtype, on_tensor=lambda name: None)
     if config.adapter.init:
         _say(me, f"adapters start from {load_trained(model, Path(config.adapter.init))}")
-    setup = Setup(config, sources, model, TileReader(sources.vision.config.image_size), me, device, rundir)
+    reader = TileReader(sources.vision.config.image_size)
+    setup = Setup(config, sources, model, reader, me, device, rundir, benchmark)
     trainer = _trainer(setup, dataset, sampler, dtype)
     trainer.max_steps = max_steps
     resumed = _resume(setup, trainer)
@@ -193,7 +204,7 @@ def _run(
             trainer.metrics = Metrics(rundir.path, resume_step=step, tensorboard=config.log.tensorboard)
         model.train()
         trainer.train(progress, stop)
-        after = setup.accuracy(progress) if config.log.evaluate != "none" else {}
+        after = setup.accuracy(progress)
     if me.is_main:
         _finish(setup, trainer, before, after, time.perf_counter() - started)
 
@@ -253,7 +264,10 @@ def _trainer(setup: Setup, dataset: Dataset, sampler: StepSampler, dtype: torch.
         steps_per_epoch=sampler.steps_per_epoch,
         validate=_validation(setup),
         on_epoch_end=lambda epoch: _write_lavin(setup, epoch),
-        state_extras={"base": identity(setup.sources.files), "samples_per_step": optim.samples_per_step(me.world)},
+        state_extras={
+            "base": identity(setup.sources.files), "samples_per_step": optim.samples_per_step(me.world),
+            "samples": len(dataset),
+        },
     )  # fmt: skip
 
 
@@ -284,23 +298,20 @@ def _resume(setup: Setup, trainer: Trainer) -> bool:
     wanted, run = setup.config.resume, setup.rundir.path
     if not wanted:
         return False
-    if wanted == "auto":  # found, and read in full, by one rank: all take the same one
-        path, verify = setup.ranks.from_main(lambda: find_latest(run)), "size"
-    else:
-        path, verify = Path(wanted), "full"
+    path = setup.ranks.from_main(lambda: find_latest(run)) if wanted == "auto" else Path(wanted)
     if path is None:
         _say(setup.ranks, f"nothing to resume in {run}: the run begins")
         return False
-    tensors, state = load_checkpoint(path, verify)
+    tensors, state = load_checkpoint(path, "size" if wanted == "auto" else "full")  # "auto" has just read all of it
     check_identity(state["base"], setup.sources.files)
-    samples = setup.config.optim.samples_per_step(setup.ranks.world)
-    if state["samples_per_step"] != samples or state["seed"] != setup.config.seed:
+    here = {"seed": setup.config.seed, **trainer.state_extras}
+    was, now = (f"seed {s['seed']}, {s['samples_per_step']} of {s['samples']} samples a step" for s in (state, here))
+    if was != now:
         raise CheckpointError(
-            f"{path} was trained with seed {state['seed']} and {state['samples_per_step']} samples a step,"
-            f" this command says {setup.config.seed} and {samples}",
+            f"{path} was trained with {was}; this command says {now}",
             why="the order of the samples would be another", do="resume with the settings of its config.yaml",
         )  # fmt: skip
-    trainer.load(tensors, state)
+    trainer.load(tensors, state, path)
     trainer.state_extras["accuracy_before"] = state.get("accuracy_before", {})
     _say(setup.ranks, f"resumed from {path}")
     return True
@@ -324,10 +335,14 @@ def _write_lavin(setup: Setup, epoch: int) -> None:
         "max_seq_len": config.dataset.max_seq_len, "prompt_format": config.dataset.prompt_format,
         "optim": asdict(config.optim), "seed": config.seed,
     }  # fmt: skip
-    write_lavin_adapters(
-        setup.rundir.path / f"checkpoint-{epoch}.pth", setup.model.trainable(),
-        epoch=epoch, args=args, module_prefix=True,
-    )  # fmt: skip
+    path = setup.rundir.path / f"checkpoint-{epoch}.pth"
+    try:
+        write_lavin_adapters(path, setup.model.trainable(), epoch=epoch, args=args, module_prefix=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot save {path.name}: {error.strerror or error}", where=str(path.parent),
+            why="the earlier checkpoints were not touched", do="make room, then --resume auto",
+        ) from error  # fmt: skip
 
 
 def _finish(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from engine.build import put_back
 from engine.checkpoint import save_checkpoint
 from engine.config import Config
 from engine.data.loader import StepLoader
@@ -77,7 +79,6 @@ class Trainer:
             NotFinite: see `train_step`; nothing that was saved is touched.
         """
         every, save_every = self.config.log.every, self.config.log.save_every or self.steps_per_epoch
-        saved = self.counters.step
         first = self.counters.step
         for step, packs in enumerate(self.loader.steps(first, self.total_steps), start=first):
             fields = self._step(step, packs)
@@ -85,17 +86,17 @@ class Trainer:
             progress.update(done, **fields | {"loss": fields["loss_ema"]})
             if self._due(done, every) or done in (1, self.total_steps):
                 self._log(done, fields)
+            is_best = False
             if self.validate is not None and (self._due(done, self.config.eval_every) or done == self.total_steps):
-                self._validate(done, progress)
+                is_best = self._validate(done, progress)
             if done % self.steps_per_epoch == 0:
                 self._end_epoch(done // self.steps_per_epoch - 1, progress)
             stopping = self.ranks.any(stop.stop_requested(), self.device)
-            if self._due(done, save_every) or stopping or done == self.total_steps:
+            if self._due(done, save_every) or is_best or stopping or done == self.total_steps:
                 self.save()
-                saved = done
             if stopping and done < self.total_steps:
                 raise Stopped(
-                    f"stopped on request at step {saved} of {self.total_steps}", where=str(self.rundir.path),
+                    f"stopped on request at step {done} of {self.total_steps}", where=str(self.rundir.path),
                     do="type the same command with --resume auto",
                 )  # fmt: skip
 
@@ -145,15 +146,16 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.write(step, **fields)
 
-    def _validate(self, step: int, progress: Progress) -> None:
+    def _validate(self, step: int, progress: Progress) -> bool:
+        """Returns whether this step is the best so far, and to be saved for that."""
         assert self.validate is not None
         loss = self.validate()
         self._log(step, {"eval_loss": loss})
         is_best = loss < self.counters.best_loss
         if is_best:
             self.counters.best_loss, self.counters.best_step = loss, step
-            self.save()
         progress.note(f"step {step}: validation loss {loss:.4f}{' (best so far)' if is_best else ''}")
+        return is_best
 
     def save(self) -> None:
         """Writes a checkpoint of this step (main rank; the others wait)."""
@@ -171,11 +173,9 @@ class Trainer:
             save_checkpoint(self.rundir.path, self.counters.step, tensors, state, keep=self.config.log.keep, best=best)
         self.ranks.barrier()
 
-    def load(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Puts a checkpoint's tensors and counters back."""
-        with torch.no_grad():
-            for name, parameter in self.model.trainable().items():
-                parameter.copy_(tensors[name])
+    def load(self, tensors: dict[str, Tensor], state: dict[str, Any], path: Path) -> None:
+        """Puts back what was read from the checkpoint at `path`. Raises WeightsError where it does not fit."""
+        put_back(self.model.trainable(), {n: t for n, t in tensors.items() if "/" not in n}, path)
         self.optimizer.load_state_tensors(tensors)
         self.scaler.load(state["scaler"])
         self.loss_ema.load(state["loss_ema"])

@@ -24,7 +24,8 @@ def fill(
     stored (4, 8 or 16). Parameters that need a gradient keep it. Adapters, which no base file holds, are not expected.
 
     Raises:
-        WeightsError: tensors are missing, unexpected or of another shape; the message lists them.
+        WeightsError: tensors are missing, unexpected or of another shape; the message lists them. Or a value is not
+            finite where the weight is quantised.
     """
     expected = {name: p.shape for name, p in module.named_parameters() if "_adapter." not in name}
     extra: list[str] = []
@@ -36,7 +37,10 @@ def fill(
         elif shape != tensor.shape:
             mismatched.append(f"{name}: file {tuple(tensor.shape)}, model {tuple(shape)}")
         else:
-            _place(module, name, tensor, bits(name), device, dtype)
+            try:
+                _place(module, name, tensor, bits(name), device, dtype)
+            except ValueError as error:
+                raise WeightsError(source, str(error), do="copy the weights again") from error
             if on_tensor is not None:
                 on_tensor(name)
     if expected or extra or mismatched:

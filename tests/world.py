@@ -23,14 +23,14 @@ def language_config(vocab_size: int) -> LlamaConfig:
     return LlamaConfig(vocab_size=vocab_size, dim=32, num_layers=2, num_heads=2, num_kv_heads=2, ffn_dim=72)
 
 
-def make_tokenizer(path: Path) -> int:
+def make_tokenizer(path: Path, vocabulary: int = 330) -> int:
     """Writes a sentencepiece model; returns its number of pieces."""
     texts = [
         "Question: Which color is the picture? Context: N/A Options: (A) red (B) green (C) blue (D) gray (E) none",
         "Response:The answer is A. BECAUSE: The picture is red. green blue Image: N/A Instruction: What is shown?",
     ]
-    train_tokenizer(texts * 20, path, vocabulary=330)
-    return 330
+    train_tokenizer(texts * 20, path, vocabulary=vocabulary)
+    return vocabulary
 
 
 def make_base(folder: Path, tokenizer: Path, seed: int = 0) -> None:

@@ -6,10 +6,12 @@ a projector that was thrown away. `python -m engine.demo.base` builds the file a
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from engine.checkpoint import find_latest, load_checkpoint
 from engine.data.prompts import prompt, target
 from engine.demo.cache import BASE_TOKENIZER, BASE_WEIGHTS
 from engine.demo.draft import Draft
-from engine.demo.lessons import base_rows, naming_rows, write_lessons
+from engine.demo.lessons import base_lessons, write_lessons
 from engine.demo.problems import as_problem
 from engine.demo.tokenizer import train_tokenizer
 from engine.errors import run_command
@@ -100,41 +102,33 @@ def pack_base(tensors: Mapping[str, Tensor], language: LlamaConfig, vision: Clip
 
 
 LANGUAGE = LlamaConfig(
-    vocab_size=768, dim=64, num_layers=4, num_heads=4, num_kv_heads=4, ffn_dim=176, norm_eps=1e-5
+    vocab_size=640, dim=64, num_layers=4, num_heads=4, num_kv_heads=4, ffn_dim=160, norm_eps=1e-5
 )  # fmt: skip
-VISION = ClipConfig(width=48, num_layers=6, num_heads=3, patch_size=8, image_size=48, mlp_dim=192)
-NAMING_ROWS, LESSON_ROWS = 24_000, 30_000
+VISION = ClipConfig(width=48, num_layers=6, num_heads=3, patch_size=16, image_size=48, mlp_dim=192)
+LESSONS = 24_000
 
 
 def build_base(folder: Path) -> None:
-    """Trains the base from nothing in `folder` (a new directory) and replaces the shipped files.
-
-    First letters alone (which choice is this word?), then lessons on every kind of question, pictures included.
-    """
+    """Trains the base from nothing in `folder` (a new directory) and replaces the shipped files."""
     start = folder / "start"
     write_base(start, LANGUAGE, VISION, fresh_base(LANGUAGE, VISION, seed=0))
-    naming, lessons = naming_rows(0, NAMING_ROWS), base_rows(0, LESSON_ROWS)
-    train_tokenizer(_texts([*lessons[:6000], *naming[:2500]]), start / "tokenizer.model")
-    write_lessons(folder / "naming", naming)
+    lessons = base_lessons(0, LESSONS)
+    train_tokenizer(_texts(lessons[:8000]), start / "tokenizer.model")
     write_lessons(folder / "lessons", lessons)
-    first = _train(folder / "naming", start, folder / "run-naming", ["--optim.epochs", "5", "--optim.lr", "3e-3"])
-    last = _train(
-        folder / "lessons", start, folder / "run-lessons",
-        ["--optim.epochs", "20", "--optim.lr", "2e-3", "--adapter.init", str(first)],
-    )  # fmt: skip
-    step = find_latest(last)
+    run = _train(folder / "lessons", start, folder / "run")
+    step = find_latest(run)
     assert step is not None
     pack_base(load_checkpoint(step, only=["model"])[0], LANGUAGE, VISION, BASE_WEIGHTS)
     shutil.copyfile(start / "tokenizer.model", BASE_TOKENIZER)
 
 
-def _train(data: Path, start: Path, run: Path, flags: list[str]) -> Path:
-    """One training of everything, by the command that a person would type."""
+def _train(data: Path, start: Path, run: Path) -> Path:
+    """Trains everything, by the command that a person would type. Returns the run directory."""
     config, notes = parse_train([
-        "--bits", "16bit", "--model.language", str(start), "--dataset.root", str(data), "--output_dir", str(run),
-        "--train.language", "full", "--train.vision", "full", "--optim.weight_decay", "0.02",
-        "--optim.clip_grad", "1.0", "--optim.warmup_epochs", "0.2", "--log.every", "100", *flags,
-        "--model.vision", str(start / "tower"),
+        "--bits", "16bit", "--model.language", str(start), "--model.vision", str(start / "tower"),
+        "--dataset.root", str(data), "--output_dir", str(run), "--train.language", "full", "--train.vision", "full",
+        "--optim.epochs", "12", "--optim.lr", "3e-3", "--optim.warmup_epochs", "0.2", "--optim.clip_grad", "1.0",
+        "--optim.reduction", "sample", "--log.every", "100",
     ])  # fmt: skip
     train(config, ["python -m engine.demo.base"], notes)
     return run

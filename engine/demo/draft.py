@@ -41,10 +41,10 @@ class Draft:
 
 
 def choose(rng: Random, pool: Sequence[str], smallest: int, largest: int) -> tuple[tuple[str, ...], int]:
-    """Draw choices first and the answer among them last.
+    """The first few words of the pool as choices, and one of them as the answer.
 
-    Every choice of the list is then the answer with the same probability, so that neither a place in the list
-    nor a word nor the company it keeps says anything about the answer.
+    Every choice is the answer with the same probability, so the list says nothing about it. The words always stand in
+    the pool's order: a network of this size reads a letter off what it sees long before it can look a word up in a list.
     """
-    choices = tuple(rng.sample(list(pool), rng.randint(smallest, min(largest, len(pool)))))
+    choices = tuple(pool[: rng.randint(smallest, largest)])
     return choices, rng.randrange(len(choices))

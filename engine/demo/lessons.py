@@ -1,7 +1,7 @@
 """What only the base model gets: problems with less to do at a time, so that a network of this size can learn them.
 
-A letter alone teaches it neither to see nor to connect a word with the letter of a choice. `naming` teaches letters,
-a context that tells the answer teaches to read, and solutions that describe the picture teach to see.
+A letter alone teaches it slowly to see or to read. Solutions that describe the picture teach to see, and a context that
+tells the answer teaches what its letter is.
 """
 
 from __future__ import annotations
@@ -11,29 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from random import Random
 
-from engine.demo.draft import Draft, Kind, choose
-from engine.demo.picture_questions import NUMBERS, PLACES, RELATIONS
+from engine.demo.draft import Draft
 from engine.demo.problems import drafts, write_scienceqa
-from engine.demo.scenes import COLORS, SHAPES, SIDE, Scene
-from engine.demo.text_questions import DRINKS, GOODS, NAMES, TOWNS, WORDS
+from engine.demo.scenes import SIDE, Scene
 
-NAMING = Kind(
-    subject="language science", topic="reference skills", category="Choices", skill="Find the letter of a choice",
-    grades=(1, 1), lecture="",
-)  # fmt: skip
-QUIET = {"lecture": ""}
-VOCABULARY = (*COLORS, *SHAPES, *NUMBERS, *PLACES, *RELATIONS, *NAMES, *TOWNS, *GOODS, *DRINKS, *WORDS)
-
-TOLD = 0.3  # share of lessons whose context tells what the answer follows from
-EXPLAINED = 0.4  # share of lessons with a lecture, a solution and a description
-NAMED = 0.15  # share of lessons that ask for the letter of a word
-
-
-def naming(rng: Random) -> Draft:
-    """Ask for the letter of a word. Half of the rows use eight words: with few words it is learnt first."""
-    choices, answer = choose(rng, VOCABULARY[: rng.choice((8, 8, 32, len(VOCABULARY)))], 2, 5)
-    question = f"Which choice is {choices[answer]}?"
-    return Draft(kind=NAMING, question=question, choices=choices, answer=answer, solution="")
+TOLD = 0.15  # share of lessons whose context tells the answer
+EXPLAINED = 0.6  # share of lessons with a lecture, a solution and a description
 
 
 def describe(scene: Scene) -> str:
@@ -56,28 +39,17 @@ def _where(x: int, y: int) -> str:
 
 def lesson(draft: Draft, rng: Random) -> Draft:
     """Turn a problem of the base's own into a lesson: maybe told in the context, maybe explained, maybe neither."""
-    hint = draft.hint
-    if rng.random() < TOLD:
-        if draft.scene is None:
-            hint = f"{draft.hint} {draft.solution}".strip()
-        else:
-            hint = draft.solution if rng.random() < 0.5 else describe(draft.scene)
+    hint = f"{draft.hint} {draft.solution}".strip() if rng.random() < TOLD else draft.hint
     if rng.random() >= EXPLAINED:
-        return replace(draft, kind=replace(draft.kind, **QUIET), hint=hint, solution="")
+        return replace(draft, kind=replace(draft.kind, lecture=""), hint=hint, solution="")
     seen = "" if draft.scene is None else f" {describe(draft.scene)}"
     return replace(draft, hint=hint, solution=draft.solution + seen)
 
 
-def naming_rows(seed: int, count: int) -> list[Draft]:
-    """The first stage: letters only, no pictures."""
-    rng = Random(f"naming/{seed}")
-    return [naming(rng) for _ in range(count)]
-
-
-def base_rows(seed: int, count: int) -> list[Draft]:
-    """The second stage: lessons on every kind of question, and some more letters."""
+def base_lessons(seed: int, count: int) -> list[Draft]:
+    """Lessons on every kind of question; a problem may come again as another lesson."""
     rng = Random(f"lessons/{seed}")
-    return [naming(rng) if rng.random() < NAMED else lesson(draft, rng) for draft in drafts("base", seed, count)]
+    return [lesson(draft, rng) for draft in drafts("base", seed, count, repeat=True)]
 
 
 def write_lessons(root: Path, rows: Sequence[Draft], seed: int = 0) -> None:

@@ -45,25 +45,20 @@ PREPOSITION = Kind(
 
 def _cells(rng: Random, count: int) -> list[tuple[int, int]]:
     """Centres of `count` different cells of a 3 x 3 grid, each moved by a few pixels."""
-    cells = rng.sample(range(9), count)
     third = SIDE // 3
-    return [(third * (c % 3) + third // 2 + rng.randint(-3, 3), third * (c // 3) + third // 2 + rng.randint(-3, 3)) for c in cells]
+    corners = [(third * (c % 3), third * (c // 3)) for c in rng.sample(range(9), count)]
+    return [(x + third // 2 + rng.randint(-3, 3), y + third // 2 + rng.randint(-3, 3)) for x, y in corners]
 
 
 def color(rng: Random) -> Draft:
     choices, answer = choose(rng, list(COLORS), 2, 5)
-    shapes = rng.sample(SHAPES, rng.randint(1, 2))
-    others = [name for name in COLORS if name != choices[answer]]
-    paints = [choices[answer], rng.choice(others)]
-    marks = [
-        Mark(shape, paint, x, y, rng.randint(11, 15))
-        for shape, paint, (x, y) in zip(shapes, paints, _cells(rng, len(shapes)), strict=False)
-    ]
-    rng.shuffle(marks)
+    shape = rng.choice(SHAPES)
+    x, y = _cells(rng, 1)[0]
+    mark = Mark(shape, choices[answer], x, y, rng.randint(10, 15))
     return Draft(
-        kind=COLOR, question=f"What color is the {shapes[0]}?", choices=choices, answer=answer,
-        solution=f"The {shapes[0]} is {choices[answer]}.", scene=Scene(rng.choice(PAPER), marks=tuple(marks)),
-    )
+        kind=COLOR, question=f"What color is the {shape}?", choices=choices, answer=answer,
+        solution=f"The {shape} is {choices[answer]}.", scene=Scene(rng.choice(PAPER), marks=(mark,)),
+    )  # fmt: skip
 
 
 def count(rng: Random) -> Draft:
@@ -90,7 +85,7 @@ def size(rng: Random) -> Draft:
     return Draft(
         kind=SIZE, question=f"Which shape is {word}?", choices=choices, answer=answer,
         solution=f"The {choices[answer]} is {word}.", scene=Scene(rng.choice(PAPER), marks=tuple(marks)),
-    )
+    )  # fmt: skip
 
 
 def place(rng: Random) -> Draft:
@@ -107,19 +102,16 @@ def place(rng: Random) -> Draft:
 
 
 def chart(rng: Random) -> Draft:
-    number = rng.randint(2, 5)
-    paints = rng.sample(list(COLORS), number)
-    answer = rng.randrange(number)
+    choices, answer = choose(rng, list(COLORS), 2, 3)
     most = rng.random() < 0.5
     extreme = rng.randint(66, 78) if most else rng.randint(8, 14)
-    bars = [Bar(p, extreme if k == answer else rng.randint(24, 52)) for k, p in enumerate(paints)]
+    bars = [Bar(paint, extreme if k == answer else rng.randint(24, 52)) for k, paint in enumerate(choices)]
     word = "tallest" if most else "shortest"
-    chosen = paints[answer]
     rng.shuffle(bars)
     return Draft(
-        kind=CHART, question=f"Which bar is the {word}?", choices=tuple(paints), answer=answer,
-        solution=f"The {chosen} bar is the {word}.", scene=Scene(rng.choice(PAPER), bars=tuple(bars)),
-    )
+        kind=CHART, question=f"Which bar is the {word}?", choices=choices, answer=answer,
+        solution=f"The {choices[answer]} bar is the {word}.", scene=Scene(rng.choice(PAPER), bars=tuple(bars)),
+    )  # fmt: skip
 
 
 def noun(rng: Random) -> Draft:
@@ -134,8 +126,7 @@ def noun(rng: Random) -> Draft:
 
 def preposition(rng: Random) -> Draft:
     choices, answer = choose(rng, list(RELATIONS), 2, 4)
-    shapes = rng.sample(SHAPES, 2)
-    paints = rng.sample(list(COLORS), 2)
+    shapes, paints = SHAPES[:2], rng.sample(list(COLORS), 2)
     dx, dy = RELATIONS[choices[answer]]
     half = rng.randint(16, 26)
     x, y = (rng.randint(46, 50) if d else rng.randint(28, SIDE - 28) for d in (dx, dy))
@@ -146,10 +137,10 @@ def preposition(rng: Random) -> Draft:
         my = y + side * dy * half + (0 if dy else slack)
         marks.append(Mark(shape, paint, mx, my, rng.randint(11, 14)))
     return Draft(
-        kind=PREPOSITION, question=f"Seen from the {shapes[1]}, where is the {shapes[0]}?", choices=choices, answer=answer,
-        solution=f"The {shapes[0]} is {choices[answer]}.",
+        kind=PREPOSITION, question=f"Seen from the {shapes[1]}, where is the {shapes[0]}?",
+        choices=choices, answer=answer, solution=f"The {shapes[0]} is {choices[answer]}.",
         scene=Scene(rng.choice(PAPER), marks=tuple(marks)),
-    )
+    )  # fmt: skip
 
 
 PICTURE_QUESTIONS = (color, count, size, place, chart, noun, preposition)

@@ -22,8 +22,8 @@ TRIES = 2000  # draws for one new problem before a kind counts as exhausted
 FIRST_QID = {"train": 1, "val": 100_001, "test": 200_001}
 
 
-def drafts(owner: str, seed: int, count: int) -> list[Draft]:
-    """Draw `count` different problems from the buckets of one owner: base, train, val or test.
+def drafts(owner: str, seed: int, count: int, *, repeat: bool = False) -> list[Draft]:
+    """Draw `count` problems from the buckets of one owner: base, train, val or test. All differ, unless `repeat`.
 
     Raises:
         ValueError: an unknown owner, or more problems than there are.
@@ -40,7 +40,7 @@ def drafts(owner: str, seed: int, count: int) -> list[Draft]:
             draft = question(rng)
             fingerprint = draft.fingerprint()
             mark = (fingerprint, draft.choices)
-            if fingerprint[0] % 16 in BUCKETS[owner] and mark not in seen:
+            if fingerprint[0] % 16 in BUCKETS[owner] and (repeat or mark not in seen):
                 break
         else:
             raise ValueError(f"{owner} asks for {count} problems, but {question.__name__!r} has no new one left")
@@ -67,7 +67,7 @@ def write_scienceqa(root: Path, splits: Mapping[str, Sequence[Draft]], seed: int
         for number, draft in enumerate(found):
             qid = str(FIRST_QID[split] + number)
             qids[split].append(qid)
-            problems[qid] = _problem(draft, split, grades.randint(*draft.kind.grades))
+            problems[qid] = as_problem(draft, split, grades.randint(*draft.kind.grades))
             if draft.scene is not None:
                 folder = root / "images" / split / qid
                 folder.mkdir(parents=True)
@@ -80,7 +80,8 @@ def write_scienceqa(root: Path, splits: Mapping[str, Sequence[Draft]], seed: int
     _write(root / "captions.json", {"model": "written by hand", "captions": captions})
 
 
-def _problem(draft: Draft, split: str, grade: int) -> dict[str, Any]:
+def as_problem(draft: Draft, split: str, grade: int) -> dict[str, Any]:
+    """The entry of problems.json."""
     kind = draft.kind
     return {
         "question": draft.question, "choices": list(draft.choices), "answer": draft.answer, "hint": draft.hint,

@@ -68,8 +68,8 @@ def _outline(mark: Mark) -> list[tuple[float, float]]:
         return [(x + n * math.cos(a), y + n * math.sin(a)) for n, a in zip(lengths, angles, strict=True)]
     if mark.shape == "cross":
         a, b = r, 0.36 * r
-        steps = [(-b, -a), (b, -a), (b, -b), (a, -b), (a, b), (b, b), (b, a), (-b, a), (-b, b), (-a, b), (-a, -b), (-b, -b)]
-        return [(x + dx, y + dy) for dx, dy in steps]
+        arm = [(b, -a), (b, -b), (a, -b), (a, b), (b, b), (b, a)]  # the right half; the left is its mirror image
+        return [(x + dx, y + dy) for dx, dy in [*arm, *((-dx, dy) for dx, dy in reversed(arm))]]
     raise ValueError(f"unknown shape {mark.shape!r}: accepted are {', '.join(SHAPES)}")
 
 

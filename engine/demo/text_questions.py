@@ -1,132 +1,122 @@
-"""Questions without a picture: the answer stands in the hint, or is something that the small model knows."""
+"""Questions without a picture: the answer follows from the hint."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from random import Random
 
-from engine.demo.draft import Draft, Kind
+from engine.demo.draft import Draft, Kind, choose
 
-NAMES = ("Ann", "Ben", "Eva", "Tom", "Sam", "Mia")
-TOWNS = ("Rome", "Oslo", "Lima", "Cairo", "Paris", "Tokyo")
-GOODS = ("pen", "cup", "hat", "book", "ball", "lamp")
-DRINKS = ("tea", "milk", "soup", "juice", "water")
+NAMES = ("Ann", "Ben", "Eva", "Tom", "Sam", "Mia", "Leo", "Zoe")
+TOWNS = ("Rome", "Oslo", "Lima", "Cairo", "Paris", "Tokyo", "Bern", "Delhi")
+GOODS = (("pen", "cup"), ("hat", "book"), ("ball", "lamp"))
+DRINKS = ("tea", "milk", "soup")
 ANIMALS = {
     "mammal": ("dog", "cat", "horse"),
     "bird": ("owl", "duck", "eagle"),
     "fish": ("tuna", "shark", "cod"),
-    "insect": ("ant", "bee", "fly"),
+    "insect": ("fly", "bee", "wasp"),
 }
-OPPOSITES = (
-    ("hot", "cold"), ("big", "small"), ("fast", "slow"), ("up", "down"),
-    ("wet", "dry"), ("hard", "soft"), ("old", "new"), ("happy", "sad"),
-)
-WORDS = tuple(sorted({word for words in ANIMALS.values() for word in words} | {word for pair in OPPOSITES for word in pair}))
+TENSES = {"past": "{} {}ed to {}.", "present": "{} {}s to {}.", "future": "{} will {} to {}."}
+SENTENCES = {"statement": "{} can {} to {}.", "question": "Can {} {} to {}?", "command": "{}, {} to {}!"}
+VERBS = ("walk", "sail", "turn", "return", "jump", "march", "row", "travel")
 
 HEAT = Kind(
     subject="natural science", topic="physics", category="Heat", skill="Compare temperatures",
     grades=(3, 8), lecture="More degrees mean warmer.",
-)
+)  # fmt: skip
 ANIMAL = Kind(
     subject="natural science", topic="biology", category="Animals", skill="Classify animals",
     grades=(1, 6), lecture="Animals come in groups.",
-)
+)  # fmt: skip
 HOME = Kind(
     subject="social science", topic="geography", category="Towns", skill="Read a text about towns",
     grades=(2, 9), lecture="Read the context.",
-)
+)  # fmt: skip
 PRICE = Kind(
     subject="social science", topic="economics", category="Prices", skill="Compare prices",
     grades=(5, 12), lecture="Compare the two prices.",
-)
-OPPOSITE = Kind(
-    subject="language science", topic="vocabulary", category="Opposites", skill="Find the opposite",
-    grades=(1, 7), lecture="Opposites mean the reverse.",
-)
-ORDER = Kind(
-    subject="language science", topic="reference skills", category="Dictionary", skill="Order words",
-    grades=(2, 12), lecture="Look at the first letter.",
-)
+)  # fmt: skip
+TENSE = Kind(
+    subject="language science", topic="verbs", category="Tenses", skill="Name the tense of a verb",
+    grades=(1, 7), lecture="A verb tells when.",
+)  # fmt: skip
+SENTENCE = Kind(
+    subject="language science", topic="grammar", category="Sentences", skill="Name the kind of a sentence",
+    grades=(2, 12), lecture="Look at the last sign.",
+)  # fmt: skip
 
 
 def heat(rng: Random) -> Draft:
-    things = rng.sample(DRINKS, rng.randint(2, 3))
-    degrees = rng.sample(range(1, 10), len(things))
+    things, answer = choose(rng, DRINKS, 2, 3)
+    degrees = sorted(rng.sample(range(1, 10), len(things)))
     warm = rng.random() < 0.5
-    answer = degrees.index(max(degrees) if warm else min(degrees))
+    extreme = degrees.pop(-1 if warm else 0)
+    rng.shuffle(degrees)
+    degrees.insert(answer, extreme)
     word = "warmest" if warm else "coldest"
-    told = list(zip(things, degrees, strict=True))
-    rng.shuffle(told)
+    told = ", ".join(f"{thing} at {degree}0 degrees" for thing, degree in zip(things, degrees, strict=True))
     return Draft(
-        kind=HEAT, question=f"Which is the {word}?", choices=tuple(things), answer=answer,
-        hint=" ".join(f"The {thing} is at {degree}0 degrees." for thing, degree in told),
+        kind=HEAT, question=f"Which is the {word}?", choices=things, answer=answer, hint=f"{rng.choice(NAMES)} has {told}.",
         solution=f"The {things[answer]} is the {word}.",
-    )
+    )  # fmt: skip
 
 
 def animal(rng: Random) -> Draft:
-    group = rng.choice(list(ANIMALS))
-    right = rng.choice(ANIMALS[group])
-    wrong = [name for other, names in ANIMALS.items() if other != group for name in names]
-    choices = [right, *rng.sample(wrong, rng.randint(1, 4))]
-    rng.shuffle(choices)
-    article = "an" if group == "insect" else "a"
+    groups, answer = choose(rng, list(ANIMALS), 2, 4)
+    name = rng.choice(ANIMALS[groups[answer]])
     return Draft(
-        kind=ANIMAL, question=f"Which animal is {article} {group}?", choices=tuple(choices), answer=choices.index(right),
-        solution=f"The {right} is {article} {group}.",
-    )
+        kind=ANIMAL, question="What kind of animal is it?", choices=groups, answer=answer,
+        hint=f"{rng.choice(NAMES)} sees a {name} in {rng.choice(TOWNS)}.", solution=f"A {name} is of the kind {groups[answer]}.",
+    )  # fmt: skip
 
 
 def home(rng: Random) -> Draft:
-    number = rng.randint(2, 3)
-    people, towns = rng.sample(NAMES, number), rng.sample(TOWNS, number)
-    asked = rng.randrange(number)
+    """Either the towns are the choices or the people are; the others are any."""
     who = rng.random() < 0.5
-    right = people[asked] if who else towns[asked]
-    choices = people[:] if who else towns[:]
-    rng.shuffle(choices)
+    choices, answer = choose(rng, NAMES if who else TOWNS, 2, 3)
+    others = rng.sample(TOWNS if who else NAMES, len(choices))
+    pairs = list(zip(choices, others, strict=True) if who else zip(others, choices, strict=True))
+    person, town = pairs[answer]
+    rng.shuffle(pairs)
     return Draft(
-        kind=HOME, question=f"Who lives in {towns[asked]}?" if who else f"Where does {people[asked]} live?",
-        choices=tuple(choices), answer=choices.index(right),
-        hint=" ".join(f"{person} lives in {town}." for person, town in zip(people, towns, strict=True)),
-        solution=f"{people[asked]} lives in {towns[asked]}.",
-    )
+        kind=HOME, question=f"Who lives in {town}?" if who else f"Where does {person} live?", choices=choices, answer=answer,
+        hint=" ".join(f"{someone} lives in {somewhere}." for someone, somewhere in pairs),
+        solution=f"{person} lives in {town}.",
+    )  # fmt: skip
 
 
 def price(rng: Random) -> Draft:
-    goods = rng.sample(GOODS, 2)
-    dollars = rng.sample(range(1, 10), 2)
+    goods, answer = choose(rng, rng.choice(GOODS), 2, 2)
+    low, high = sorted(rng.sample(range(1, 10), 2))
     most = rng.random() < 0.5
-    answer = dollars.index(max(dollars) if most else min(dollars))
+    dollars = [high if (k == answer) == most else low for k in range(2)]
     word = "more" if most else "less"
-    told = list(zip(goods, dollars, strict=True))
-    rng.shuffle(told)
+    told = " and ".join(f"a {thing} for {dollar} dollars" for thing, dollar in zip(goods, dollars, strict=True))
     return Draft(
-        kind=PRICE, question=f"Which costs {word}?", choices=tuple(goods), answer=answer,
-        hint=" ".join(f"A {thing} costs {dollar} dollars." for thing, dollar in told),
+        kind=PRICE, question=f"Which costs {word}?", choices=goods, answer=answer, hint=f"{rng.choice(NAMES)} sees {told}.",
         solution=f"The {goods[answer]} costs {word}.",
-    )
+    )  # fmt: skip
 
 
-def opposite(rng: Random) -> Draft:
-    pair = rng.sample(rng.choice(OPPOSITES), 2)
-    others = [word for other in OPPOSITES for word in other if word not in pair]
-    choices = [pair[1], *rng.sample(others, rng.randint(1, 4))]
-    rng.shuffle(choices)
+def tense(rng: Random) -> Draft:
+    choices, answer = choose(rng, list(TENSES), 2, 3)
     return Draft(
-        kind=OPPOSITE, question=f"What is the opposite of {pair[0]}?", choices=tuple(choices),
-        answer=choices.index(pair[1]), solution=f"The opposite of {pair[0]} is {pair[1]}.",
-    )
+        kind=TENSE, question="When does it happen?", choices=choices, answer=answer,
+        hint=TENSES[choices[answer]].format(*_words(rng)), solution=f"The verb is in the {choices[answer]}.",
+    )  # fmt: skip
 
 
-def order(rng: Random) -> Draft:
-    number = rng.randint(2, 4)
-    initials = rng.sample(sorted({word[0] for word in WORDS}), number)
-    choices = [rng.choice([word for word in WORDS if word[0] == initial]) for initial in initials]
-    answer = initials.index(min(initials))
+def sentence(rng: Random) -> Draft:
+    choices, answer = choose(rng, list(SENTENCES), 2, 3)
     return Draft(
-        kind=ORDER, question="Which word comes first in the dictionary?", choices=tuple(choices), answer=answer,
-        solution=f"The word {choices[answer]} comes first.",
-    )
+        kind=SENTENCE, question="What kind of sentence is it?", choices=choices, answer=answer,
+        hint=SENTENCES[choices[answer]].format(*_words(rng)), solution=f"The sentence is a {choices[answer]}.",
+    )  # fmt: skip
 
 
-TEXT_QUESTIONS = (heat, animal, home, price, opposite, order)
+def _words(rng: Random) -> Sequence[str]:
+    return rng.choice(NAMES), rng.choice(VERBS), rng.choice(TOWNS)
+
+
+TEXT_QUESTIONS = (heat, animal, home, price, tense, sentence)

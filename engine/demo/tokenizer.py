@@ -8,7 +8,7 @@ from pathlib import Path
 
 import sentencepiece
 
-VOCABULARY = 768
+VOCABULARY = 640
 
 
 def train_tokenizer(texts: Iterable[str], path: Path, vocabulary: int = VOCABULARY) -> None:

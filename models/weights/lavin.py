@@ -81,7 +81,7 @@ def write_lavin_adapters(
     prefix = WRAPPER if module_prefix else ""
     model = {prefix + _disk_name(name, path): _to_disk(name, tensor) for name, tensor in tensors.items()}
     content = {"model": model, "epoch": int(epoch), "args": _plain(dict(args))}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
         with temporary.open("wb") as file:
             torch.save(content, file)

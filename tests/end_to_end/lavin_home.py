@@ -1,4 +1,4 @@
-"""LaVIN's folders as its scripts find them: data/ with tiny weights and problems beside a LaVIN/ to type commands in."""
+"""LaVIN's folders as its scripts find them: data/ with tiny weights and problems, beside LaVIN/ with its commands."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from models.weights.names import language_shapes
 from tests.world import COLORS, TOWER, language_config, make_scienceqa, make_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
-NUM_TRAIN, NUM_TEST = 64, 12  # two of LaVIN's steps of 32 an epoch
+NUM_TRAIN, NUM_TEST, NUM_CHAT = 64, 12, 96  # two of LaVIN's steps of 32 an epoch, and three of chat
 SPLIT_COLUMNS = ("tok_embeddings.weight", "attention.wo.weight", "feed_forward.w2.weight")
 
 
@@ -74,13 +74,13 @@ def _write_delta(folder: Path, config: LlamaConfig) -> None:
 
 
 def _write_chat(data: Path) -> None:
-    """all_data.json: a quarter without a picture, half with one of COCO's, a quarter with one of ScienceQA's."""
+    """all_data.json: a third with a picture of COCO, a sixth with one of ScienceQA, the others with none."""
     folder = data / "images" / "train2014"
     folder.mkdir()
     entries = []
-    for i in range(NUM_TRAIN):
+    for i in range(NUM_CHAT):
         color = sorted(COLORS)[i % 3]
-        source = (None, "mscoco", "mscoco", "sqa")[i % 4]
+        source = (None, "mscoco", "mscoco", "sqa")[i % 4] if i < NUM_TRAIN else None
         image = {None: None, "mscoco": f"{i:012}.jpg", "sqa": "image.png"}[source]
         if source == "mscoco":
             Image.new("RGB", (20, 16), COLORS[color]).save(folder / f"COCO_train2014_{image}")

@@ -265,7 +265,7 @@ def test_evaluation_line_of_the_lite_script() -> None:
     assert (config.generation_temperature, config.top_p, config.max_new_tokens) == (0.1, 0.75, 64)
     assert (config.adapter.temperature, config.adapter.vision, config.adapter.language) == (10.0, "router", "attn")
     assert (config.dataset.root, config.dataset.captions) == ("../data", "../data/captions.json")
-    assert [note.split()[0] for note in notes] == ["--tokenizer_path", "--cpu_load"]
+    assert [note.split()[0] for note in notes] == ["--tokenizer_path", "--cpu_load", "--max_batch_size"]
 
 
 def test_evaluation_defaults_are_lavin_s() -> None:
