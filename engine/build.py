@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,13 +20,14 @@ from engine.data.tokenizer import Tokenizer
 from engine.demo.cache import demo_base, demo_data
 from engine.errors import CheckpointError
 from models.adapters.mma import AdapterConfig
-from models.language.llama import LlamaConfig
+from models.language.llama import LLAMA_13B, LlamaConfig
 from models.placement import fill
 from models.vision.clip import NUM_TAPS, ClipConfig
 from models.vlm import Legacy, VisionLanguageModel, VLMConfig
 from models.weights.clip import VisionSource, find_vision, open_vision
+from models.weights.identity import check_identity
 from models.weights.language import LanguageSource, open_language
-from models.weights.lavin import read_lavin_adapters
+from models.weights.lavin import read_lavin_adapters, read_lavin_args
 from models.weights.names import check_shapes
 
 BITS = {"4bit": 4, "8bit": 8, "16bit": 16}
@@ -99,7 +100,7 @@ def vlm_config(config: Config, language: LlamaConfig, vision: ClipConfig) -> VLM
         vision=vision,
         adapter=AdapterConfig(
             dim=config.adapter.dim, scale=config.adapter.scale,
-            temperature=config.adapter.temperature, dropout=config.adapter.dropout,
+            temperature=router_temperature(config, language), dropout=config.adapter.dropout,
         ),
         projector_hidden=config.model.projector_hidden,
         language_placement=config.adapter.language,
@@ -115,6 +116,18 @@ def vlm_config(config: Config, language: LlamaConfig, vision: ClipConfig) -> VLM
             block_routing=config.legacy.block_routing,
         ),
     )  # fmt: skip
+
+
+def router_temperature(config: Config, language: LlamaConfig) -> float:
+    """The flag where it is given, else what LaVIN's adapter file says it was trained with, else LaVIN's choice for a
+    model of this size. It is in none of the tensors."""
+    if config.adapter.temperature is not None:
+        return config.adapter.temperature
+    file = Path(config.adapter.init)
+    said = read_lavin_args(file).get("temperature") if config.adapter.init and file.is_file() else None
+    if isinstance(said, int | float):
+        return float(said)
+    return 5.0 if language.dim >= LLAMA_13B.dim else 10.0
 
 
 def build_model(
@@ -173,9 +186,10 @@ def open_dataset(config: Config, tokenizer: Tokenizer) -> Dataset:
     return open_scienceqa(config, tokenizer, config.dataset.split)
 
 
-def load_trained(model: VisionLanguageModel, path: Path) -> str:
+def load_trained(model: VisionLanguageModel, path: Path, base: Sequence[Path]) -> str:
     """Puts trained tensors into the model: a run directory, one of its step directories, or LaVIN's adapter file.
-    Returns what was read.
+    `base` are the files that the frozen weights came from: a run knows on which ones it was trained. Returns what was
+    read.
 
     Raises:
         CheckpointError: nothing whole is there.
@@ -186,7 +200,8 @@ def load_trained(model: VisionLanguageModel, path: Path) -> str:
         step = path if path.name.startswith("step-") else best_or_latest(path)
         if step is None:
             raise CheckpointError(f"{path} has no checkpoint", do="name a run directory that was trained")
-        tensors, _ = load_checkpoint(step, only=["model"])
+        tensors, state = load_checkpoint(step, only=["model"])
+        check_identity(state["base"], base)
         path = step
     else:
         tensors = read_lavin_adapters(path, {name: tuple(p.shape) for name, p in trainable.items()})

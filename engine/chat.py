@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import torch
+
 from engine.build import dataset_format
 from engine.config import ChatConfig
 from engine.data.rows import instruction
@@ -20,16 +22,15 @@ from engine.trained import Trained, open_trained, run_config
 def chat(config: ChatConfig) -> int:
     """Answers --question, or each line that is typed, and prints the answer. Returns the exit code."""
     trained = open_trained(run_config(config.run, config.runtime), Path(config.run))
-    sampling = Sampling(
-        max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_p=config.top_p, seed=config.seed
-    )
+    sampling = Sampling(max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_p=config.top_p)
+    generator = torch.Generator(device=trained.device).manual_seed(config.seed)
     questions: Iterable[str] = [config.question] if config.question else _typed()
     for question in questions:
-        print(answer(trained, question, config.image, sampling), flush=True)
+        print(answer(trained, question, config.image, sampling, generator), flush=True)
     return 0
 
 
-def answer(trained: Trained, question: str, image: str, sampling: Sampling) -> str:
+def answer(trained: Trained, question: str, image: str, sampling: Sampling, generator: torch.Generator) -> str:
     """What the model writes about the picture at `image` ("" for none)."""
     path = str(Path(image).resolve()) if image else None
     tile = None if path is None else trained.reader.tile(path, "--image")
@@ -38,8 +39,9 @@ def answer(trained: Trained, question: str, image: str, sampling: Sampling) -> s
     prompt = trained.layout.prompt_only("the question", text, path)
     tokenizer = trained.tokenizer
     written = generate(
-        trained.model, [prompt], [tile], sampling=sampling, eos_id=tokenizer.eos_id, device=trained.device
-    )
+        trained.model, [prompt], [tile],
+        sampling=sampling, generator=generator, eos_id=tokenizer.eos_id, device=trained.device,
+    )  # fmt: skip
     return tokenizer.decode(written[0])
 
 

@@ -47,8 +47,8 @@ class Adapter:
     """Width of the bottleneck, an even number."""
     scale: float = 1.0
     """Factor of what the adapter adds."""
-    temperature: float = 10.0
-    """Temperature of the router's softmax."""
+    temperature: float | None = None
+    """Temperature of the router's softmax. None: what the file of init says, else 10 (5 for 13B)."""
     dropout: float = 0.1
     """Dropout on the bottleneck while training."""
     language: Literal["attn", "block"] = "attn"
@@ -148,7 +148,7 @@ class Runtime:
     tokens_per_batch: int = 2048
     """Most tokens in a pack (never less than the longest sample)."""
     kernels: Literal["auto", "triton", "cuda", "reference"] = "auto"
-    """Backend of our operators; an explicit choice never falls back."""
+    """Backend of the operators that have it; an explicit choice never falls back where it cannot run."""
     deterministic: bool = False
     """Bitwise repeatable runs on a GPU, at some cost in speed."""
     threads: int = 0
@@ -254,14 +254,14 @@ class EvalConfig:
     output: str = ""
     """File for the scores as JSON. Empty: eval-{task}-{split}.json beside what is evaluated."""
     max_batch_size: int = 32
-    """Samples that are evaluated together."""
+    """Most answers that are generated together, if runtime.tokens_per_batch has room for them with their prompts."""
     max_new_tokens: int = 64
     """Longest generated answer."""
     generation_temperature: float = 0.1
     """Sampling temperature of generation. 0: the most likely token."""
     top_p: float = 0.75
     """Probability mass that generation samples from."""
-    seed: int = 0
+    seed: int = 1
     """Seed of sampling."""
     debug: bool = False
     """Show tracebacks."""

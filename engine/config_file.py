@@ -33,8 +33,8 @@ def from_yaml(path: str | Path, tree: type[Tree] = Config) -> Tree:  # type: ign
     """
     where = str(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError, RuntimeError) as error:  # RuntimeError: ~nobody has no home folder
         raise UsageError(f"cannot read {where!r}", where="--recipe", why=str(error)) from error
     try:
         content = yaml.safe_load(text)

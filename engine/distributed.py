@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from engine.errors import NibbleError
+from engine.precision import choose_device
 
 T = TypeVar("T")
 
@@ -79,12 +80,18 @@ class Ranks:
 
 @contextmanager
 def ranks(device_type: str) -> Iterator[Ranks]:
-    """Joins the process group that torchrun's environment describes; leaves it at the end."""
+    """Joins the process group that torchrun's environment describes; leaves it at the end.
+
+    Raises:
+        EnvironmentProblem: `device_type` is cuda and this rank has no GPU.
+    """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     me = Ranks(rank=int(os.environ.get("RANK", "0")), local_rank=int(os.environ.get("LOCAL_RANK", "0")), world=world)
     if world > 1:
-        backend = "nccl" if device_type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        gpu = choose_device("cuda", me.local_rank) if device_type == "cuda" else None
+        if gpu is not None:
+            torch.cuda.set_device(gpu)  # before NCCL, which would else take the first GPU for every rank
+        dist.init_process_group("gloo" if gpu is None else "nccl", timeout=timedelta(minutes=30), device_id=gpu)
     try:
         yield me
     finally:

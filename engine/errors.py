@@ -91,8 +91,20 @@ class Stopped(NibbleError):
     kind = "stopped"
 
 
-# Errors of the layers below, which do not know this module, by class name: importing them here would import torch.
-_FROM_BELOW: dict[str, type[NibbleError]] = {"WeightsError": CheckpointError, "OutOfMemoryError": OutOfMemory}
+# What to do about errors of the layers below, which do not know this module.
+_USE_LESS = (
+    "lower --runtime.tokens_per_batch (and --max_batch_size of eval.py --generate), or give --gradient_checkpointing "
+    "or --bits 4bit"
+)
+_LET_NIBBLE_CHOOSE = "--runtime.kernels auto, or NIBBLE_KERNELS=auto"
+# By class name: importing them here would import torch.
+_FROM_BELOW: dict[str, tuple[type[NibbleError], str]] = {
+    "WeightsError": (CheckpointError, ""),
+    "BackendError": (EnvironmentProblem, _LET_NIBBLE_CHOOSE),
+    "OutOfMemoryError": (OutOfMemory, _USE_LESS),  # of a GPU
+    "MemoryError": (OutOfMemory, _USE_LESS),
+}
+_CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"  # in the text of a plain RuntimeError of torch
 
 
 def as_nibble_error(error: BaseException) -> NibbleError | None:
@@ -101,9 +113,12 @@ def as_nibble_error(error: BaseException) -> NibbleError | None:
         return error
     if isinstance(error, OSError):
         return EnvironmentProblem(error.strerror or str(error), where=str(error.filename or ""))
+    if isinstance(error, RuntimeError) and _CPU_ALLOCATOR in str(error):
+        return OutOfMemory(str(error), do=_USE_LESS)
     for base in type(error).__mro__:
         if base.__name__ in _FROM_BELOW:
-            return _FROM_BELOW[base.__name__](str(error))
+            kind, do = _FROM_BELOW[base.__name__]
+            return kind(str(error) or "out of memory", do=do)
     return None
 
 
@@ -119,7 +134,7 @@ def run_command(main: Callable[[list[str]], int | None], argv: Sequence[str] | N
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    except (NibbleError, ValueError, RuntimeError, OSError) as error:
+    except (NibbleError, ValueError, RuntimeError, OSError, MemoryError) as error:
         known = as_nibble_error(error)
         if known is None:
             raise

@@ -26,19 +26,41 @@ class Sampling:
     max_new_tokens: int = 64
     temperature: float = 0.1
     top_p: float = 0.75
-    seed: int = 1
     legacy_positions: bool = False  # restart positions one too low from the batch's shortest prompt on
     legacy_clip_router: bool = False  # the batch's first sample routes all its pictures
+
+
+def plan_batches(
+    lengths: Sequence[int], sampling: Sampling, *, max_batch_size: int, tokens_per_batch: int
+) -> list[list[int]]:
+    """Which prompts of these lengths are written together.
+
+    Longest first, as many as have room in `tokens_per_batch` at the length of the batch's longest, with what will be
+    written: the places of its cache, which bound its prefill too. One prompt is a batch even where it has no room.
+    LaVIN's defects depend on what is in a batch; they get LaVIN's, prompts that follow one another.
+    """
+    count = len(lengths)
+    if sampling.legacy_positions or sampling.legacy_clip_router:
+        return [list(range(i, min(i + max_batch_size, count))) for i in range(0, count, max_batch_size)]
+    order = sorted(range(count), key=lambda i: (-lengths[i], i))
+    batches, start = [], 0
+    while start < count:
+        room = tokens_per_batch // (lengths[order[start]] + sampling.max_new_tokens)
+        size = max(1, min(room, max_batch_size))
+        batches.append(order[start : start + size])
+        start += size
+    return batches
 
 
 @torch.no_grad()
 def generate(
     model: VisionLanguageModel, prompts: Sequence[Sample], tiles: Sequence[Tensor | None], *,
-    sampling: Sampling, eos_id: int, device: torch.device,
+    sampling: Sampling, generator: torch.Generator, eos_id: int, device: torch.device,
 ) -> list[list[int]]:  # fmt: skip
     """Token ids that follow each prompt, without the end-of-sequence token.
 
     `prompts` are laid out as in training (no modality token); `tiles` holds each prompt's image fp32 [3, H, W] or None.
+    `generator` is on `device` and goes on from batch to batch.
     """
     weights = [torch.zeros(len(p.input_ids)) for p in prompts]
     routed_by = [0] * len(prompts) if sampling.legacy_clip_router else None
@@ -52,7 +74,6 @@ def generate(
     hidden = model.hidden(pack, cache=cache).index_select(0, ends)
     cache.decoding = True
 
-    generator = torch.Generator(device=device).manual_seed(sampling.seed)
     router_row = torch.tensor([int(t is not None) for t in tiles], dtype=torch.int32, device=device)
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     written: list[Tensor] = []

@@ -29,7 +29,6 @@ COLUMNS = (
     "loss",
     "loss_ema",
     "eval_loss",
-    "eval_accuracy",  # percent
     "lr",
     "grad_norm",  # before clipping
     "loss_scale",
@@ -38,9 +37,6 @@ COLUMNS = (
     "tok_s",
     "samples_s",
     "packing",  # filled fraction of the packs
-    "mem_alloc",  # peak bytes
-    "mem_reserved",  # peak bytes
-    "skipped",  # rows left out since the start of the run
 )
 
 

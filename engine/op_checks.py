@@ -142,7 +142,7 @@ def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
         op=lambda x, w: rms_norm(x, w, EPS), formula=lambda x, w: rms_norm_reference(x, w, EPS),
     )  # fmt: skip
     yield Case(
-        name="layer_norm", trained=(draw(T, D),), fixed=(draw(D), draw(D)),
+        name="layer_norm", trained=(draw(T, D),), fixed=(draw32(D), draw32(D)),
         op=lambda x, w, b: layer_norm(x, w, b, EPS), formula=lambda x, w, b: layer_norm_reference(x, w, b, EPS),
     )  # fmt: skip
     adapter = (draw32(H, D), draw32(H), draw32(D, H // 2), draw32(D), draw32(D, H // 2), draw32(D))
@@ -158,7 +158,8 @@ def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
         decided_as="norm_mma",
     )  # fmt: skip
     yield Case(
-        name="norm_mma, LayerNorm", trained=(draw(T, D), *adapter, draw32(T, 2).softmax(-1)), fixed=(draw(D), draw(D)),
+        name="norm_mma, LayerNorm", trained=(draw(T, D), *adapter, draw32(T, 2).softmax(-1)),
+        fixed=(draw32(D), draw32(D)),
         op=lambda x, dw, db, w0, b0, w1, b1, mix, norm, bias: norm_mma(
             x, norm, bias, EPS, dw, db, w0, b0, w1, b1, mix, None, scale=0.5
         ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from engine.errors import UsageError
+from engine.errors import EnvironmentProblem, UsageError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -14,6 +14,7 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
 
     Raises:
         UsageError: cuda was asked for and there is none.
+        EnvironmentProblem: there are more ranks on this machine than GPUs.
     """
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UsageError(
@@ -21,6 +22,11 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
         )
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    if local_rank >= (count := torch.cuda.device_count()):
+        raise EnvironmentProblem(
+            f"rank {local_rank} of this machine has no GPU: torch sees {count}", where="torchrun --nproc_per_node",
+            do=f"--nproc_per_node {count}, or --runtime.device cpu",
+        )  # fmt: skip
     return torch.device("cuda", local_rank)
 
 

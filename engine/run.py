@@ -21,6 +21,7 @@ from engine.build import (
     open_dataset,
     open_scienceqa,
     open_sources,
+    router_temperature,
     vlm_config,
 )
 from engine.checkpoint import find_latest, load_checkpoint
@@ -100,7 +101,7 @@ def train(config: Config, argv: Sequence[str], notes: Sequence[str], max_steps: 
                 for note in notes if me.is_main else ():
                     logger.warning("%s", note)
                 _run(config, argv, me, device, rundir, max_steps)
-            except (NibbleError, ValueError, RuntimeError, OSError, KeyboardInterrupt) as error:
+            except (NibbleError, ValueError, RuntimeError, OSError, MemoryError, KeyboardInterrupt) as error:
                 _record_error(rundir, me, error)
                 raise
             if me.is_main:
@@ -178,6 +179,7 @@ def _run(
     full = "full" in (config.train.language, config.train.vision)
     dtype, why = choose_dtype(config.runtime.precision, device, full_training=full)
     sources = open_sources(config)
+    config.adapter.temperature = router_temperature(config, sources.language.config)  # as the run records it
     dataset = open_dataset(config, sources.tokenizer)
     sampler = StepSampler(len(dataset), config.optim.samples_per_step(me.world), config.seed)
     wanted = config.log.evaluate != "none"  # opened, and so checked, before the hours of training
@@ -186,7 +188,7 @@ def _run(
 
     model = build_model(config, sources, device=device, dtype=dtype, on_tensor=lambda name: None)
     if config.adapter.init:
-        _say(me, f"adapters start from {load_trained(model, Path(config.adapter.init))}")
+        _say(me, f"adapters start from {load_trained(model, Path(config.adapter.init), sources.files)}")
     reader = TileReader(sources.vision.config.image_size)
     setup = Setup(config, sources, model, reader, me, device, rundir, benchmark)
     trainer = _trainer(setup, dataset, sampler, dtype)
@@ -244,7 +246,7 @@ def _trainer(setup: Setup, dataset: Dataset, sampler: StepSampler, dtype: torch.
     )  # fmt: skip
     schedule = CosineSchedule(
         lr=optim.peak_lr(me.world), min_lr=optim.min_lr, epochs=optim.epochs, warmup_epochs=optim.warmup_epochs,
-        steps_per_epoch=sampler.steps_per_epoch,
+        steps_per_epoch=sampler.steps_per_epoch, step_share=sampler.step_share(optim.batch_size * me.world),
     )  # fmt: skip
     return Trainer(
         config=config,

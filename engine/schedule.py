@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CosineSchedule:
-    """LaVIN (arXiv 2305.15023): with e = step / steps_per_epoch,
+    """LaVIN (arXiv 2305.15023): with e = the epoch + the share of its samples that were seen,
 
         e < warmup_epochs:  lr * e / warmup_epochs                       (0 at step 0)
         else:               min_lr + (lr - min_lr) * (1 + cos(pi * p)) / 2,  p = (e - warmup) / (epochs - warmup)
@@ -21,10 +21,12 @@ class CosineSchedule:
     epochs: float
     warmup_epochs: float
     steps_per_epoch: int
+    step_share: float  # of an epoch, that one step advances: less than 1 / steps where some samples fill no step
 
     def __call__(self, step: int) -> float:
         """The learning rate of update number `step`, counted from 0."""
-        epoch = step / self.steps_per_epoch
+        whole, within = divmod(step, self.steps_per_epoch)
+        epoch = whole + within * self.step_share
         if epoch < self.warmup_epochs:
             return self.lr * epoch / self.warmup_epochs
         decay_epochs = self.epochs - self.warmup_epochs

@@ -25,12 +25,12 @@ class StepResult:
     grad_norm: float  # before clipping
 
 
-def dropout_seed(seed: int, step: int, rank: int, pack: int) -> int:
-    """A 31-bit number for one pack's dropout: splitmix64 over what identifies the pack, so that a resumed run draws
-    what the uninterrupted one would have."""
+def dropout_seed(seed: int, step: int, pack: int) -> int:
+    """A 31-bit number for the dropout of pack number `pack` of a step: splitmix64 over what identifies the pack, so that
+    a resumed run draws what the uninterrupted one would have, and any number of ranks the same for the same packs."""
     mask = (1 << 64) - 1
     state = 0
-    for part in (seed, step, rank, pack):
+    for part in (seed, step, pack):
         state = (state + part + 0x9E3779B97F4A7C15) & mask
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
@@ -75,7 +75,7 @@ def _accumulate(
     optimizer.zero_grad()
     total = torch.zeros((), device=device)
     for index, pack in enumerate(packs):
-        number = dropout_seed(seed, step, ranks.rank, index)
+        number = dropout_seed(seed, step, index * ranks.world + ranks.rank)  # its place in the loader's plan
         pack_seed = torch.tensor([number], dtype=torch.int64).to(device, non_blocking=True)
         is_last = index == len(packs) - 1
         with nullcontext() if is_last or not isinstance(model, DistributedDataParallel) else model.no_sync():

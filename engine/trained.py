@@ -55,7 +55,7 @@ def open_trained(config: Config, weights: Path) -> Trained:
     dtype, _ = choose_dtype(config.runtime.precision, device, full_training=full)
     sources = open_sources(config)
     model = build_model(config, sources, device=device, dtype=dtype, on_tensor=lambda name: None)
-    read = load_trained(model, weights)
+    read = load_trained(model, weights, sources.files)
     model.eval()
     reader = TileReader(sources.vision.config.image_size)
     return Trained(config, model, sources.tokenizer, layout_of(config, sources.tokenizer), reader, device, read)

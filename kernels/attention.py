@@ -5,11 +5,11 @@
 
 q, o [T, H, d], k, v [T, G, d] (grouped-query: H a multiple of G), segments cu_seqlens[i] .. cu_seqlens[i + 1].
 
-16-bit tensors on CUDA take torch's varlen attention (FlashAttention 2: no score matrix, saves o and one fp32 a row and
-head). All others take scaled_dot_product_attention, one call for each run of neighbours of one length: a single call
-for a vision tower, whose segments are all alike. For the short, mixed segments of a text pack that loop was measured
-on a CPU (30 segments of 40 to 100 tokens, 4 heads of 16 or 32, forward and backward): it is faster than padding them
-into one batch, and 15 times faster than one call with a block-diagonal mask.
+16-bit tensors on a GPU from sm_80 on take torch's varlen attention (FlashAttention 2: no score matrix, saves o and one
+fp32 a row and head; it refuses older cards). All others take scaled_dot_product_attention, one call for each run of
+neighbours of one length: a single call for a vision tower, whose segments are all alike. For the short, mixed segments
+of a text pack that loop was measured on a CPU (30 segments of 40 to 100 tokens, 4 heads of 16 or 32, forward and
+backward): it is faster than padding them into one batch, and 15 times faster than one call with a block-diagonal mask.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.dispatch import record
+
+OLDEST_FLASH = (8, 0)  # the compute capability that FlashAttention 2 begins with
 
 
 def varlen_attention_reference(
@@ -111,8 +113,18 @@ def varlen_attention(
         raise ValueError(f"cu_seqlens must be int32 [S + 1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
     if not q.shape[0]:
         return q.clone()
-    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
-        record("attention", "flash", "16-bit CUDA tensor: torch.nn.attention.varlen")
+    implementation, reason = _implementation(q)
+    record("attention", implementation, reason)
+    if implementation == "flash":
         return _flash(q, k, v, cu_seqlens, max_seqlen, causal, scale)
-    record("attention", "sdpa", f"{q.dtype} tensor on {q.device.type}")
     return _segment_loop(q, k, v, cu_seqlens, causal, scale)
+
+
+def _implementation(q: Tensor) -> tuple[str, str]:
+    """-> ("flash" or "sdpa", why)."""
+    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
+        return "sdpa", f"{q.dtype} tensor on {q.device.type}"
+    major, minor = torch.cuda.get_device_capability(q.device)
+    if (major, minor) < OLDEST_FLASH:
+        return "sdpa", f"FlashAttention 2 refuses sm_{major}{minor}"
+    return "flash", "16-bit CUDA tensor: torch.nn.attention.varlen"

@@ -1,14 +1,17 @@
 """Where it is decided which implementation of an op runs, and with which launch configuration.
 
 ``auto`` takes Triton for CUDA tensors and the plain-torch reference otherwise; with TRITON_INTERPRET=1 Triton also runs
-on CPU tensors (slowly: it is how the kernels are tested without a GPU). An explicit choice never falls back.
+on CPU tensors (slowly: it is how the kernels are tested without a GPU).
+
+An explicit choice holds for every op that has this backend, and never falls back: where the backend cannot run, that is
+an error. An op that has no such implementation runs what it has, and its line in the log says so.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, ParamSpec, TypeVar, cast, get_args
@@ -27,6 +30,10 @@ log = logging.getLogger("nibble.kernels")
 
 _settings: dict[str, str] = {}  # "backend": set_backend's argument, absent until then
 _decisions: dict[str, str] = {}
+
+
+class BackendError(ValueError):
+    """The backend that was chosen explicitly cannot run here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,31 +92,43 @@ def set_backend(name: str) -> str:
     return previous
 
 
-def choose(op: str, x: Tensor, available: tuple[str, ...]) -> str:
-    """Name of the backend that runs `op` on `x`: one of `available` (the implementations that the op has).
+def choose(op: str, x: Tensor, available: tuple[str, ...], missing: Mapping[str, str] | None = None) -> str:
+    """Name of the backend that runs `op` on `x`: one of `available`, the implementations that the op has, best first.
 
-    Raises ValueError where an explicit choice cannot be honoured.
+    `missing`: what an implementation needs and does not find on this machine, by backend.
+    Raises BackendError where the op has the backend that was chosen explicitly, but it cannot run on `x` here.
     """
+    obstacles = {backend: (missing or {}).get(backend) or _obstacle(backend, x) for backend in available}
     wanted = _backend()
-    if wanted == "auto":
-        backend, reason = _automatic(x, available)
-    else:
-        backend, reason = wanted, "chosen explicitly"
-        if backend not in available:
-            raise ValueError(f"{op} has no {backend!r} implementation; accepted: {', '.join(('auto', *available))}")
-        if backend == "triton" and not _triton_runs_on(x):
-            raise ValueError(
-                f"{op}: backend 'triton' got a {x.dtype} tensor on {x.device}; "
-                "it takes 16 and 32-bit floats on a CUDA device (or on the CPU with TRITON_INTERPRET=1)"
+    if wanted in available:
+        if obstacles[wanted]:
+            raise BackendError(
+                f"{op}: backend {wanted!r} was chosen and cannot run ({obstacles[wanted]}); "
+                f"accepted here: auto, {', '.join(backend for backend in available if not obstacles[backend])}"
             )
+        record(op, wanted, "chosen explicitly")
+        return wanted
+    reason = "the only implementation"
+    for backend in available:
+        if not obstacles[backend]:
+            break
+        reason = obstacles[backend]
+    if backend != "reference":
+        reason = "CUDA tensor" if x.is_cuda else "TRITON_INTERPRET=1"
     record(op, backend, reason)
     return backend
 
 
 def record(op: str, backend: str, reason: str) -> None:
-    """Remember what runs `op`, and log it the first time and whenever it changes."""
+    """Remember what runs `op`, and log it the first time and whenever it changes.
+
+    `backend` is a `Backend` or, where an op has none of ours, what else it runs on.
+    """
     if _decisions.get(op) != backend:
         _decisions[op] = backend
+        wanted = _backend()
+        if wanted in ("triton", "cuda") and backend != wanted:
+            reason = f"has no {wanted} implementation; {reason}"
         log.info("%s: %s (%s)", op, backend, reason)
 
 
@@ -165,18 +184,12 @@ def _backend() -> str:
     return _checked(os.environ.get("NIBBLE_KERNELS", "auto"), "NIBBLE_KERNELS")
 
 
-def _automatic(x: Tensor, available: tuple[str, ...]) -> tuple[str, str]:
-    if "triton" in available and _triton_runs_on(x):
-        return "triton", "CUDA tensor" if x.is_cuda else "TRITON_INTERPRET=1"
-    if "cuda" in available and x.is_cuda:
-        return "cuda", "CUDA tensor"
-    if x.is_cuda and x.dtype != torch.float64:
-        return "reference", "no Triton implementation"
-    return "reference", f"{x.dtype} tensor on {x.device.type}"
-
-
-def _triton_runs_on(x: Tensor) -> bool:
-    return x.dtype != torch.float64 and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+def _obstacle(backend: str, x: Tensor) -> str:
+    """Why `backend` cannot run on `x`; empty where it can."""
+    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if backend == "reference" or ((x.is_cuda or interpreted) and x.dtype != torch.float64):
+        return ""
+    return f"{x.dtype} tensor on {x.device.type}"
 
 
 def _checked(name: str, what: str) -> str:

@@ -25,14 +25,16 @@ Working memory: both directions go through the tensor in chunks and hold about 1
 from __future__ import annotations
 
 import importlib.util
+import logging
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.dispatch import choose, record
+from kernels.dispatch import choose
 
 BLOCK = 64  # weights that share one absmax
 BLOCK2 = 256  # absmax values that share one absmax2
@@ -147,24 +149,34 @@ def dequantize_nf4_reference(q: NF4Tensor, dtype: torch.dtype) -> Tensor:
 
 def _backend(codes: Tensor) -> str:
     """Who dequantizes: bitsandbytes' CUDA kernels ("cuda") where they are installed, or torch's rule ("reference")."""
-    if not codes.is_cuda:
-        record("dequantize_nf4", "reference", "CPU tensor")
-        return "reference"
-    return choose("dequantize_nf4", codes, ("cuda", "reference") if _bitsandbytes_has_cuda() else ("reference",))
+    missing = {"cuda": "bitsandbytes with CUDA is missing"} if codes.is_cuda and _bitsandbytes() is None else None
+    return choose("dequantize_nf4", codes, ("cuda", "reference"), missing)
 
 
 @cache
-def _bitsandbytes_has_cuda() -> bool:
+def _bitsandbytes() -> Any | None:
+    """bitsandbytes.functional, or None where it is missing or has no CUDA kernels."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        return False
-    from bitsandbytes.cextension import lib
+        return None
+    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    log.addFilter(_is_not_about_our_name)
+    try:
+        from bitsandbytes import functional
+        from bitsandbytes.cextension import lib
+    finally:
+        log.removeFilter(_is_not_about_our_name)
+    return functional if lib.compiled_with_cuda else None
 
-    return bool(lib.compiled_with_cuda)
+
+def _is_not_about_our_name(record: logging.LogRecord) -> bool:
+    """On its import bitsandbytes looks for a CPU kernel, which we do not use, in Hugging Face's distribution `kernels`,
+    finds this folder, and warns."""
+    return "cannot import name 'get_kernel' from 'kernels'" not in record.getMessage()
 
 
 def _dequantize_bitsandbytes(q: NF4Tensor, dtype: torch.dtype) -> Tensor:
-    from bitsandbytes import functional
-
+    functional = _bitsandbytes()
+    assert functional is not None
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
     absmax = functional.dequantize_blockwise(
         q.absmax_codes, absmax=q.absmax2, code=dynamic_map(q.device), blocksize=BLOCK2

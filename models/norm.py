@@ -10,10 +10,14 @@ from kernels.rms_norm import rms_norm
 
 
 class Norm(nn.Module):
-    """[..., D] -> [..., D]; statistics in fp32, weight (and bias) [D]."""
+    """[..., D] -> [..., D]; statistics in fp32, weight (and bias) [D].
+
+    In a 16-bit model a LayerNorm's weight and bias stay in fp32, as in CLIP; an RMSNorm's weight does not, as in LLaMA.
+    """
 
     def __init__(self, dim: int, eps: float, *, bias: bool) -> None:
         super().__init__()
+        self.keeps_fp32 = bias
         self.weight = nn.Parameter(torch.ones(dim))
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
         self.eps = eps

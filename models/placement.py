@@ -1,6 +1,7 @@
 """Fills a model that was built on the meta device, one tensor at a time: quantised, cast and placed as it arrives.
 
-Host and device peaks are the model as it is stored plus one tensor; nothing is ever whole in 16 bits.
+Host and device peaks are the model as it is stored plus one tensor; nothing is ever whole in 16 bits. Where a module
+says `keeps_fp32`, its own tensors are not cast: they are small, and rounding them would be for nothing.
 """
 
 from __future__ import annotations
@@ -54,5 +55,6 @@ def _place(module: nn.Module, name: str, tensor: Tensor, bits: int, device: torc
     if isinstance(owner, Linear) and leaf == "weight" and bits < 16:
         owner.quantize(tensor, bits=bits, device=device, name=name)
         return
+    dtype = torch.float32 if getattr(owner, "keeps_fp32", False) else dtype
     new = nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=old.requires_grad)
     setattr(owner, leaf, new)

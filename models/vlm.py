@@ -114,11 +114,6 @@ class VisionLanguageModel(nn.Module):
     def _adapters(self) -> list[MMAdapter | PlainAdapter]:
         return [module for module in self.modules() if isinstance(module, MMAdapter | PlainAdapter)]
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of activations: that of the frozen token embedding."""
-        return self.language.embed.weight.dtype
-
     def image_tokens(self, tiles: Tensor, tile_router: Tensor, num_images: int, seed: Tensor | None) -> Tensor:
         """tiles [N, 3, H, W] -> embeddings [num_images * 6, D] of the first `num_images` tiles."""
         router = tile_router if self.config.legacy.clip_router else None

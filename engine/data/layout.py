@@ -40,22 +40,17 @@ class Layout:
         return self.turns(id, [(prompt, answer)], image)
 
     def turns(self, id: str, turns: Sequence[tuple[str, str]], image: str | None = None) -> Sample:
-        """Prompts and answers one after another, joined as they are: all answers and the one EOS are targets.
+        """Prompts and answers one after another. Each turn is tokenised by itself; its answer and the EOS behind it
+        are targets.
 
         Id 0 (<unk>, which is also the padding of LaVIN's data) is never a target.
         """
-        text, ids = "", list[int]()
-        borders = []  # of each answer, in tokens
+        ids, labels = [self.tokenizer.bos_id], [IGNORE]
         for prompt, answer in turns:
-            start = len(self._encode(text + prompt))
-            text += prompt + answer
-            ids = self._encode(text)
-            borders.append((start, len(ids)))
-        ids.append(self.tokenizer.eos_id)
-        borders[-1] = (borders[-1][0], len(ids))
-        labels = [IGNORE] * len(ids)
-        for start, end in borders:
-            labels[start:end] = [token or IGNORE for token in ids[start:end]]
+            start = len(self.tokenizer.encode(prompt))
+            turn = self.tokenizer.encode(prompt + answer, eos=True)
+            ids += turn
+            labels += [IGNORE] * start + [token or IGNORE for token in turn[start:]]
         return self._sample(id, ids, labels, image)
 
     def prompt_only(self, id: str, prompt: str, image: str | None = None) -> Sample:

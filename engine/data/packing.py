@@ -18,7 +18,6 @@ __all__ = [
     "collate",
     "filled_tokens",
     "first_of_micro_batch",
-    "packing_efficiency",
     "plan_packs",
     "token_weights",
 ]
@@ -115,11 +114,6 @@ def collate(
 def filled_tokens(pack: Pack) -> int:
     """Tokens of a pack (on the CPU) that belong to a sample."""
     return int(pack.segments.cu_seqlens[MODALITY_ROWS + pack.num_samples]) - MODALITY_ROWS
-
-
-def packing_efficiency(packs: Sequence[Pack]) -> float:
-    """The share of the packs' tokens that belong to a sample."""
-    return sum(map(filled_tokens, packs)) / sum(pack.input_ids.numel() for pack in packs)
 
 
 def _segments(samples: Sequence[Sample], lengths: np.ndarray, total: int) -> Segments:

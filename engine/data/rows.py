@@ -1,11 +1,11 @@
 """LLaVA-style rows: a .json list or a .jsonl file of {id, image, conversations: [{from: human|gpt, value}, ...]}.
 
-A conversation is one sample in LaVIN's instruction format, its turns joined by a line break:
+A conversation is one sample, its turns in LaVIN's instruction format one after another, each ended by EOS:
 
-    Instruction: {question}\\nResponse:{answer}\\nInstruction: {question}\\nResponse:{answer}
+    Instruction: {question}\\nResponse:{answer}</s> Instruction: {question}\\nResponse:{answer}</s>
 
-Every answer is a target, and one EOS ends the last. `<image>` is taken out of the questions: LaVIN puts the image's
-tokens at the head of the sequence. A row has at most one image.
+Every answer and its EOS are targets. `<image>` is taken out of the questions: LaVIN puts the image's tokens at the head
+of the sequence. A row has at most one image.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def parse_row(entry: Any, where: str) -> Row:
     if count != images:
         raise DataError(f"{count} {PLACEHOLDER} placeholders for {images} images", where=where)
     questions = [_without_placeholder(value) for value in values[::2]]
-    prompts = ["\n" * (n > 0) + instruction(question) for n, question in enumerate(questions)]
+    prompts = [instruction(question) for question in questions]
     row_id = take(entry, "id", (str, int, type(None)), where)
     return Row(where if row_id is None else str(row_id), list(zip(prompts, values[1::2], strict=True)), image, where)
 

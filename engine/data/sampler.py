@@ -4,20 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from dataclasses import dataclass
 
 import torch
 
-from engine.errors import CheckpointError, DataError
-
-
-@dataclass(frozen=True, slots=True)
-class SamplerState:
-    """Where a run stands in its data."""
-
-    seed: int
-    epoch: int
-    consumed: int  # samples of this epoch
+from engine.errors import DataError
 
 
 class StepSampler:
@@ -49,25 +39,9 @@ class StepSampler:
         start = within * self.samples_per_step
         return self._permutation(epoch)[start : start + self.samples_per_step]
 
-    def state(self, step: int) -> SamplerState:
-        """Where a run stands before it takes this step."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        return SamplerState(self.seed, epoch, within * self.samples_per_step)
-
-    def step(self, state: SamplerState) -> int:
-        """The step that a run at `state` takes next.
-
-        Raises:
-            CheckpointError: the state is of another seed, or stands inside a step (another step size or data set).
-        """
-        within, rest = divmod(state.consumed, self.samples_per_step)
-        if state.seed != self.seed or rest or within >= self.steps_per_epoch:
-            raise CheckpointError(
-                f"the checkpoint stands at {state}",
-                why=f"this run has seed {self.seed} and steps of {self.samples_per_step} of {self.num_samples} samples",
-                do="resume with the seed, the data and the samples a step that the run was started with",
-            )
-        return state.epoch * self.steps_per_epoch + within
+    def step_share(self, micro_batch: int) -> float:
+        """The share of an epoch that one step advances; samples that fill no micro-batch (of all ranks) do not count."""
+        return self.samples_per_step / (self.num_samples // micro_batch * micro_batch)
 
     def _permutation(self, epoch: int) -> list[int]:
         with self._lock:

@@ -73,8 +73,8 @@ def write_base(folder: Path, language: LlamaConfig, vision: ClipConfig, tensors:
 
 
 def fresh_base(language: LlamaConfig, vision: ClipConfig, seed: int) -> dict[str, Tensor]:
-    """Random weights to start from: normal with deviation 1 / sqrt(inputs), norms one, biases zero, outputs of a branch
-    shrunk by the depth."""
+    """Random weights to start from: normal with deviation 1 / sqrt(inputs), 1 / sqrt(depth) less where a branch ends;
+    embeddings 0.3 and 0.5, norms one, biases zero."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {f"language.{n}": s for n, s in language_shapes(language).items()}
     shapes |= {f"vision.{n}": s for n, s in vision_shapes(vision).items()}
@@ -84,14 +84,19 @@ def fresh_base(language: LlamaConfig, vision: ClipConfig, seed: int) -> dict[str
             tensors[name] = torch.ones(shape)
         elif name.endswith(".bias"):
             tensors[name] = torch.zeros(shape)
-        elif name.endswith(("embed.weight", "_embedding")):
-            tensors[name] = torch.randn(shape, generator=generator)
         else:
-            depth = language.num_layers if name.startswith("language") else vision.num_layers
-            shrink = math.sqrt(2 * depth) if name.endswith(("attention.o.weight", "mlp.down.weight")) else 1.0
-            deviation = 1 / math.sqrt(math.prod(shape[1:])) / shrink
-            tensors[name] = deviation * torch.randn(shape, generator=generator)
+            tensors[name] = _deviation(name, shape, language, vision) * torch.randn(shape, generator=generator)
     return tensors
+
+
+def _deviation(name: str, shape: tuple[int, ...], language: LlamaConfig, vision: ClipConfig) -> float:
+    if name == "language.embed.weight":
+        return 0.3
+    if name.endswith("_embedding"):
+        return 0.5
+    depth = language.num_layers if name.startswith("language") else vision.num_layers
+    shrink = math.sqrt(depth) if name.endswith(("attention.o.weight", "mlp.down.weight")) else 1.0
+    return 1 / math.sqrt(math.prod(shape[1:])) / shrink
 
 
 def pack_base(tensors: Mapping[str, Tensor], language: LlamaConfig, vision: ClipConfig, path: Path) -> None:
@@ -105,7 +110,7 @@ LANGUAGE = LlamaConfig(
     vocab_size=640, dim=64, num_layers=4, num_heads=4, num_kv_heads=4, ffn_dim=160, norm_eps=1e-5
 )  # fmt: skip
 VISION = ClipConfig(width=48, num_layers=6, num_heads=3, patch_size=16, image_size=48, mlp_dim=192)
-LESSONS = 24_000
+LESSONS = 36_000
 
 
 def build_base(folder: Path) -> None:
@@ -127,7 +132,7 @@ def _train(data: Path, start: Path, run: Path) -> Path:
     config, notes = parse_train([
         "--bits", "16bit", "--model.language", str(start), "--model.vision", str(start / "tower"),
         "--dataset.root", str(data), "--output_dir", str(run), "--train.language", "full", "--train.vision", "full",
-        "--optim.epochs", "12", "--optim.lr", "3e-3", "--optim.warmup_epochs", "0.2", "--optim.clip_grad", "1.0",
+        "--optim.epochs", "18", "--optim.lr", "1e-3", "--optim.warmup_epochs", "0.2", "--optim.clip_grad", "1.0",
         "--optim.reduction", "sample", "--log.every", "100",
     ])  # fmt: skip
     train(config, ["python -m engine.demo.base"], notes)

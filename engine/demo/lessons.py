@@ -15,8 +15,8 @@ from engine.demo.draft import Draft
 from engine.demo.problems import drafts, write_scienceqa
 from engine.demo.scenes import SIDE, Scene
 
-TOLD = 0.15  # share of lessons whose context tells the answer
-EXPLAINED = 0.6  # share of lessons with a lecture, a solution and a description
+TOLD = 0.1  # share of lessons whose context tells the answer
+EXPLAINED = 0.3  # share of lessons with a lecture, a solution and a description
 
 
 def describe(scene: Scene) -> str:
@@ -49,7 +49,7 @@ def lesson(draft: Draft, rng: Random) -> Draft:
 def base_lessons(seed: int, count: int) -> list[Draft]:
     """Lessons on every kind of question; a problem may come again as another lesson."""
     rng = Random(f"lessons/{seed}")
-    return [lesson(draft, rng) for draft in drafts("base", seed, count, repeat=True)]
+    return [lesson(draft, rng) for draft in drafts("base", seed, count, repeat=True, pictures=2 / 3)]
 
 
 def write_lessons(root: Path, rows: Sequence[Draft], seed: int = 0) -> None:

@@ -11,6 +11,7 @@ NUMBERS = ("one", "two", "three", "four", "five")
 PLACES = {"north": (0, -1), "south": (0, 1), "east": (1, 0), "west": (-1, 0), "center": (0, 0)}
 RELATIONS = {"above": (0, -1), "below": (0, 1), "left": (-1, 0), "right": (1, 0)}
 SIGNS = {"lake": ("circle", "blue"), "town": ("square", "red"), "hill": ("triangle", "green")}
+PAIR = {"circle": "red", "square": "blue"}  # the two shapes that are compared with one another
 PAPER = ("white", "gray", "sand")
 
 COLOR = Kind(
@@ -75,12 +76,11 @@ def count(rng: Random) -> Draft:
 def size(rng: Random) -> Draft:
     choices, answer = choose(rng, SHAPES, 2, 2)
     larger = rng.random() < 0.5
-    paints = rng.sample(list(COLORS), 2)
     marks = []
     for place, (x, y) in enumerate(_cells(rng, 2)):
         big = (place == answer) == larger
         x, y = (min(max(v, 20), SIDE - 20) for v in (x, y))
-        marks.append(Mark(choices[place], paints[place], x, y, rng.randint(16, 19) if big else rng.randint(7, 9)))
+        marks.append(Mark(choices[place], PAIR[choices[place]], x, y, rng.randint(16, 19) if big else rng.randint(7, 9)))
     word = "larger" if larger else "smaller"
     return Draft(
         kind=SIZE, question=f"Which shape is {word}?", choices=choices, answer=answer,
@@ -126,16 +126,16 @@ def noun(rng: Random) -> Draft:
 
 def preposition(rng: Random) -> Draft:
     choices, answer = choose(rng, list(RELATIONS), 2, 4)
-    shapes, paints = SHAPES[:2], rng.sample(list(COLORS), 2)
+    shapes = SHAPES[:2]
     dx, dy = RELATIONS[choices[answer]]
-    half = rng.randint(16, 26)
-    x, y = (rng.randint(46, 50) if d else rng.randint(28, SIDE - 28) for d in (dx, dy))
+    half = rng.randint(26, 32)
+    x, y = (SIDE // 2 + rng.randint(-3, 3) for _ in range(2))
     marks = []
-    for shape, paint, side in zip(shapes, paints, (1, -1), strict=True):
+    for shape, side in zip(shapes, (1, -1), strict=True):
         slack = rng.randint(-3, 3)
         mx = x + side * dx * half + (0 if dx else slack)
         my = y + side * dy * half + (0 if dy else slack)
-        marks.append(Mark(shape, paint, mx, my, rng.randint(11, 14)))
+        marks.append(Mark(shape, PAIR[shape], mx, my, rng.randint(11, 14)))
     return Draft(
         kind=PREPOSITION, question=f"Seen from the {shapes[1]}, where is the {shapes[0]}?",
         choices=choices, answer=answer, solution=f"The {shapes[0]} is {choices[answer]}.",

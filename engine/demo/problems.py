@@ -22,8 +22,11 @@ TRIES = 2000  # draws for one new problem before a kind counts as exhausted
 FIRST_QID = {"train": 1, "val": 100_001, "test": 200_001}
 
 
-def drafts(owner: str, seed: int, count: int, *, repeat: bool = False) -> list[Draft]:
-    """Draw `count` problems from the buckets of one owner: base, train, val or test. All differ, unless `repeat`.
+def drafts(owner: str, seed: int, count: int, *, pictures: float = 0.5, repeat: bool = False) -> list[Draft]:
+    """Draw `count` problems from the buckets of one owner: base, train, val or test.
+
+    The share `pictures` of them has a picture; every kind comes as often as the others of its half. All differ, unless
+    `repeat`.
 
     Raises:
         ValueError: an unknown owner, or more problems than there are.
@@ -33,9 +36,12 @@ def drafts(owner: str, seed: int, count: int, *, repeat: bool = False) -> list[D
     rng = Random(f"{owner}/{seed}")
     seen: set[tuple[bytes, tuple[str, ...]]] = set()
     found: list[Draft] = []
+    drawn = [0, 0]  # text-only, with a picture
     for number in range(count):
-        kinds = PICTURE_QUESTIONS if number % 2 == 0 else TEXT_QUESTIONS
-        question = kinds[number // 2 % len(kinds)]
+        shown = int(number * pictures + 1) > drawn[1]
+        kinds = PICTURE_QUESTIONS if shown else TEXT_QUESTIONS
+        question = kinds[drawn[shown] % len(kinds)]
+        drawn[shown] += 1
         for _ in range(TRIES):
             draft = question(rng)
             fingerprint = draft.fingerprint()

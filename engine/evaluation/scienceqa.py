@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from engine.build import open_scienceqa
 from engine.config import Config, EvalConfig
 from engine.data.scienceqa import ScienceQA
@@ -17,7 +19,7 @@ from engine.errors import UsageError
 from engine.evaluation.letters import predict
 from engine.evaluation.score import LAVIN_NAMES, format_table, parse_answer, parse_answer_legacy, score_table
 from engine.files import write_atomic
-from engine.generation import Sampling, generate
+from engine.generation import Sampling, generate, plan_batches
 from engine.trained import Trained, open_trained, run_config
 from models.weights.lavin import read_lavin_args
 
@@ -54,7 +56,7 @@ class Answer:
     """One problem's result."""
 
     choice: int
-    failed: bool = False  # the generated text named no choice
+    failed: bool = False  # the generated text named no choice; LaVIN guesses one then
     text: str = ""
 
 
@@ -82,18 +84,22 @@ def _open(config: EvalConfig) -> Trained:
 
 
 def _warn_about(config: Config, adapters: Path) -> None:
-    """The router's temperature is not in the tensors; a file that says which one it was trained with is believed."""
-    temperature = read_lavin_args(adapters).get("temperature")
-    if temperature is not None and temperature != config.adapter.temperature:
+    """A temperature that was given wins over the one that the file says it was trained with, but not silently."""
+    temperature, given = read_lavin_args(adapters).get("temperature"), config.adapter.temperature
+    if None not in (temperature, given) and temperature != given:
         print(
             f"warning: {adapters} was trained with router temperature {temperature}, this command says "
-            f"{config.adapter.temperature}", file=sys.stderr,
+            f"{given}", file=sys.stderr,
         )  # fmt: skip
 
 
 def _progress(count: int) -> Callable[[int], None]:
+    shown = 0
+
     def show(done: int) -> None:
-        if done % 1024 == 0:
+        nonlocal shown
+        if done - shown >= 1024:
+            shown = done
             print(f"{done:,} of {count:,}", file=sys.stderr, flush=True)
 
     return show
@@ -108,32 +114,45 @@ def _compare(trained: Trained, dataset: ScienceQA, config: EvalConfig, count: in
 
 
 def _generate(trained: Trained, dataset: ScienceQA, config: EvalConfig, count: int) -> list[Answer]:
-    legacy = config.legacy
     sampling = Sampling(
         max_new_tokens=config.max_new_tokens, temperature=config.generation_temperature, top_p=config.top_p,
-        seed=config.seed, legacy_positions=legacy.decode_positions, legacy_clip_router=legacy.clip_router,
+        legacy_positions=config.legacy.decode_positions, legacy_clip_router=config.legacy.clip_router,
     )  # fmt: skip
-    tokenizer = trained.tokenizer
-    guesses = random.Random(config.seed)
-    answers = []
-    show = _progress(count)
-    for start in range(0, count, config.max_batch_size):
-        indices = range(start, min(start + config.max_batch_size, count))
-        prompts = [dataset.prompt_sample(i) for i in indices]
-        tiles = [None if p.image is None else trained.reader.tile(p.image) for p in prompts]
+    generator = torch.Generator(device=trained.device).manual_seed(config.seed)
+    prompts = [dataset.prompt_sample(i) for i in range(count)]
+    batches = plan_batches(
+        [len(p.input_ids) for p in prompts], sampling,
+        max_batch_size=config.max_batch_size, tokens_per_batch=trained.config.runtime.tokens_per_batch,
+    )  # fmt: skip
+    texts = [""] * count
+    show, done = _progress(count), 0
+    for members in batches:
+        batch = [prompts[i] for i in members]
+        tiles = [None if p.image is None else trained.reader.tile(p.image) for p in batch]
         written = generate(
-            trained.model, prompts, tiles, sampling=sampling, eos_id=tokenizer.eos_id, device=trained.device
-        )
-        for i, ids in zip(indices, written, strict=True):
-            text, options = tokenizer.decode(ids), dataset.options
-            num_choices = len(dataset.problems[i]["choices"])
-            found = parse_answer(text, num_choices, options)
-            if legacy.score_whole_text:
-                whole = dataset.prompt(i) + text
-                answers.append(Answer(parse_answer_legacy(whole, num_choices, options, guesses), False, text))
-            else:
-                answers.append(Answer(-1 if found is None else found, found is None, text))
-        show(len(answers))
+            trained.model, batch, tiles,
+            sampling=sampling, generator=generator, eos_id=trained.tokenizer.eos_id, device=trained.device,
+        )  # fmt: skip
+        for i, ids in zip(members, written, strict=True):
+            texts[i] = trained.tokenizer.decode(ids)
+        done += len(members)
+        show(done)
+    return _parsed(dataset, texts, config)
+
+
+def _parsed(dataset: ScienceQA, texts: Sequence[str], config: EvalConfig) -> list[Answer]:
+    """What each problem's generated text says."""
+    guesses = random.Random(config.seed)
+    whole = config.legacy.score_whole_text
+    answers = []
+    for i, text in enumerate(texts):
+        num_choices = len(dataset.problems[i]["choices"])
+        if whole:
+            found = parse_answer_legacy(dataset.prompt(i) + text, num_choices, dataset.options)
+        else:
+            found = parse_answer(text, num_choices, dataset.options)
+        missed = guesses.randrange(num_choices) if whole and found is None else -1
+        answers.append(Answer(missed if found is None else found, found is None, text))
     return answers
 
 

@@ -6,7 +6,6 @@ TXT counts problems with a hint and IMG those with an image, so the two overlap;
 from __future__ import annotations
 
 import math
-import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -70,10 +69,9 @@ def parse_answer(text: str, num_choices: int, letters: str) -> int | None:
     return letters.index(found[1])
 
 
-def parse_answer_legacy(prompt_and_text: str, num_choices: int, letters: str, guesses: random.Random) -> int:
-    """The original's rule: the pattern's dot matches anything, the prompt is searched too, and what names no choice
-    becomes a random one (from a seeded source here)."""
+def parse_answer_legacy(prompt_and_text: str, num_choices: int, letters: str) -> int | None:
+    """The original's rule: the pattern's dot matches anything, and the prompt is searched too."""
     found = re.search(r"The answer is ([A-Z]).", prompt_and_text)
-    if found is not None and found[1] in letters[:num_choices]:
-        return letters.index(found[1])
-    return guesses.randrange(num_choices)
+    if found is None or found[1] not in letters[:num_choices]:
+        return None
+    return letters.index(found[1])

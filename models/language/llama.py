@@ -39,12 +39,6 @@ class LlamaConfig:
     def head_dim(self) -> int:
         return self.dim // self.num_heads
 
-    @property
-    def linear_parameters(self) -> int:
-        """Weights of all linears inside the layers: what is stored in 4 bits, and N of the 2N FLOPs a token."""
-        attention = 2 * self.dim * self.dim + 2 * self.dim * self.num_kv_heads * self.head_dim
-        return self.num_layers * (attention + 3 * self.dim * self.ffn_dim)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:

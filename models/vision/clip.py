@@ -47,11 +47,6 @@ class ClipConfig:
         """Number of blocks run when each of the image tokens is taken: 4, 8, ..., 24 for 24 blocks."""
         return [self.num_layers * (i + 1) // NUM_TAPS for i in range(NUM_TAPS)]
 
-    @property
-    def linear_parameters(self) -> int:
-        """Weights of all linears inside the layers."""
-        return self.num_layers * (4 * self.width * self.width + 2 * self.width * self.mlp_dim)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
@@ -119,7 +114,12 @@ def _norm(x: Tensor, norm: Norm, adapter: MMAdapter | PlainAdapter | None, conte
 
 
 class ClipVision(nn.Module):
-    """The tower: tiles [N, 3, H, W] -> image tokens [N, 6, width]."""
+    """The tower: tiles [N, 3, H, W] -> image tokens [N, 6, width], in the dtype of `patch_embed`.
+
+    LaVIN keeps LayerNorms, class and position embedding in fp32 beside 16-bit linears, and so does this tower.
+    """
+
+    keeps_fp32 = True  # class_embedding and position_embedding: the tower's own, beside its modules
 
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
@@ -151,12 +151,12 @@ class ClipVision(nn.Module):
         """tiles fp32 [N, 3, H, W] -> [N, 6, width]; `tile_router` int64 [N] names the tile that routes each tile's
         adapters, token by token (None: each tile itself)."""
         num_tiles, tokens = tiles.shape[0], self.config.num_tokens
-        dtype = self.class_embedding.dtype
+        dtype = self.patch_embed.weight.dtype
         patches = F.conv2d(tiles.to(dtype), self.patch_embed.weight, stride=self.config.patch_size)  # [N, W, h, w]
         patches = patches.flatten(2).transpose(1, 2)  # [N, P - 1, W]
         first = self.class_embedding.expand(num_tiles, 1, -1)
-        x = torch.cat((first, patches), dim=1) + self.position_embedding
-        x = self.pre_norm(x.flatten(0, 1))  # [N * P, W]
+        x = torch.cat((first, patches), dim=1) + self.position_embedding  # fp32, and rounded once
+        x = self.pre_norm(x.flatten(0, 1).to(dtype))  # [N * P, W]
         offsets = torch.arange(tokens, device=x.device)
         context = Context(
             cu_seqlens=torch.arange(0, (num_tiles + 1) * tokens, tokens, dtype=torch.int32, device=x.device),

@@ -324,29 +324,67 @@ def test_a_finished_run_is_not_overwritten(world: World, type_: Type) -> None:
     assert {path: path.stat().st_mtime_ns for path in first.run.rglob("*") if path.name != ".lock"} == before
 
 
-def test_all_ranks_leave_when_the_run_directory_is_in_use(world: World, tmp_path: Path) -> None:
-    """Without a launcher that would end the second one: it must not wait for the first, which is gone."""
+# Two ranks, without a launcher that would end the one when the other is gone
+
+
+def type_on_two_ranks(flags: list[object], run: Path) -> tuple[list[int], list[str]]:
+    """Exit codes and errors of rank 0 and rank 1."""
     with socket.socket() as listener:
         listener.bind(("", 0))
         port = listener.getsockname()[1]
-    common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    flags = [*world.scienceqa, *map(str, SHORT), "--output_dir", str(tmp_path / "run"), "--runtime.device", "cpu"]
-    command = [sys.executable, str(REPOSITORY / "train.py"), *flags]
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, REPOSITORY / "train.py", *flags, "--output_dir", run, "--runtime.device", "cpu"]
+    processes = [
+        subprocess.Popen(
+            list(map(str, command)),
+            env=os.environ | meeting | {"RANK": rank, "LOCAL_RANK": rank},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], errors
+
+
+def test_all_ranks_leave_when_the_run_directory_is_in_use(world: World, tmp_path: Path) -> None:
     with RunDir(tmp_path / "run").claim():
-        processes = [
-            subprocess.Popen(
-                command, env=common | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True
-            )
-            for rank in "01"
-        ]
-        try:
-            errors = [process.communicate(timeout=120)[1] for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-    assert [process.returncode for process in processes] == [2, 2]
+        codes, errors = type_on_two_ranks([*world.scienceqa, *SHORT], tmp_path / "run")
+    assert codes == [2, 2]
     assert ["run directory in use" in text for text in errors] == [True, False]
     assert not any("Traceback" in text for text in errors)
+
+
+def test_the_rank_that_knows_why_tells_it(world: World, tmp_path: Path) -> None:
+    """A picture of the second rank is broken; the first one only sees that the second is gone."""
+    root = tmp_path / "data"
+    shutil.copytree(world.root, root, ignore=shutil.ignore_patterns("weights"))
+    (root / "images" / "train" / "9" / "image.png").write_bytes(b"")  # in the second pack of step 0 with seed 0
+    run = tmp_path / "run"
+    codes, errors = type_on_two_ranks([*world.base, *SHORT, "--dataset.root", root], run)
+    assert codes == [1, 3], errors
+    assert ["problem 9" in text for text in errors] == [False, True]
+    assert not any("Traceback" in text for text in errors)
+    told = json.loads((run / "exit.json").read_text())
+    assert told["code"] == 3 and "problem 9" in told["reason"]
+    log = (run / "log.txt").read_text()
+    assert "the run ended with an error on rank 1" in log and "UnidentifiedImageError" in log
+
+
+def test_both_ranks_resume_from_the_step_that_the_first_one_found(world: World, tmp_path: Path) -> None:
+    run, flags = tmp_path / "run", [*world.scienceqa, *EACH_STEP, "--optim.batch_size", 4]
+    assert type_on_two_ranks(flags, run)[0] == [0, 0]
+    whole = weights(run / "step-3")
+    (run / "step-3" / "model.safetensors").write_bytes(b"")
+    codes, errors = type_on_two_ranks([*flags, "--resume", "auto"], run)
+    assert codes == [0, 0], errors
+    assert ["step-3 is damaged" in text for text in errors] == [True, False]
+    assert f"resumed from {run / 'step-2'}" in errors[0]
+    assert same(weights(run / "step-3"), whole)
 
 
 # Disk, numbers, checkpoints

@@ -177,6 +177,7 @@ def test_script(name: str, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     ours = run / "ours.json"
     assert run_command(eval.main, ["--run", script.output_dir, "--output", str(ours)]) == 0, capsys.readouterr().err
     assert json.loads(ours.read_text())["predictions"] == scores["predictions"]
+    assert len(set(scores["predictions"].values())) > 1, "the comparison says little: all answers are the same"
 
 
 def check_run(run: Path, script: Script, *, vicuna: bool) -> dict[str, torch.Tensor]:

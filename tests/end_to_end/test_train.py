@@ -6,10 +6,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from engine import trainer
 from engine.checkpoint import find_latest, load_checkpoint
 from engine.signals import StopSignals
 from models.weights.lavin import read_lavin_args
@@ -106,6 +108,22 @@ def test_your_own_rows_with_validation_keep_the_best_step(world: World, type_tra
     assert (run / "best").read_text().strip() == f"step-{best}" and (run / f"step-{best}").is_dir()
 
 
+def test_a_step_is_saved_once_though_it_is_the_best_and_ends_an_epoch(
+    world: World, type_train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[int] = []
+    real = trainer.save_checkpoint
+
+    def save(run: Path, step: int, *arguments: Any, **options: Any) -> Path:
+        saved.append(step)
+        return real(run, step, *arguments, **options)
+
+    monkeypatch.setattr(trainer, "save_checkpoint", save)
+    flags = [*world.base, "--data", world.rows, "--image_folder", world.rows.parent, "--eval_data", world.rows]
+    assert type_train(*flags, "--eval_every", 1, "--optim.batch_size", 4, "--optim.epochs", 2, "--optim.lr", 0.01) == 0
+    assert saved[-1] == 6 and 3 in saved and len(set(saved)) == len(saved)
+
+
 def test_lavin_checkpoints_stand_where_its_next_command_reads_them(
     world: World, type_train: Train, tmp_path: Path
 ) -> None:
@@ -132,4 +150,5 @@ def test_a_dry_run_keeps_nothing(world: World, type_train: Train, tmp_path: Path
 
 def test_cut_samples_are_counted(world: World, type_train: Train, capfd: pytest.CaptureFixture[str]) -> None:
     assert type_train(*world.scienceqa, *SHORT, "--dataset.max_seq_len", "90") == 0
-    assert "24 of 24 samples were cut to --dataset.max_seq_len 90; 0 of them have no target left" in capfd.readouterr().err
+    told = "24 of 24 samples were cut to --dataset.max_seq_len 90; 0 of them have no target left"
+    assert told in capfd.readouterr().err

@@ -12,7 +12,7 @@ import pytest
 from engine.config import ChatConfig, Config, EvalConfig, leaves
 from engine.config_file import from_yaml
 from engine.errors import UsageError
-from engine.flags import DEMO, parse_chat, parse_eval, parse_train
+from engine.flags import DEMO, FILES, parse_chat, parse_eval, parse_train
 from engine.suggest import closest
 
 FROZEN = Path(__file__).with_name("flags.json")
@@ -107,6 +107,36 @@ def test_own_rows_take_the_place_of_a_recipe_s_data(tmp_path: Path) -> None:
     recipe.write_text("dataset: {root: ../data, format: scienceqa, max_seq_len: 256}\n")
     config, _ = parse_train(["--recipe", str(recipe), "--data", "my.json"])
     assert (config.dataset.root, config.dataset.format, config.dataset.max_seq_len) == ("", "auto", 256)
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where no shell replaces it: behind =, and in a recipe."""
+    monkeypatch.setenv("HOME", "/home/me")
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("model: {language: ~/weights/7B, vision: /v/~tower}\n")
+    config, _ = parse_train(["--recipe", str(recipe), "--data=~/my.json", "--image_folder", "~"])
+    assert (config.data, config.image_folder) == ("/home/me/my.json", "/home/me")
+    assert (config.model.language, config.model.vision) == ("/home/me/weights/7B", "/v/~tower")
+    assert parse_eval(["--run=~/runs/demo"])[0].run == "/home/me/runs/demo"
+    with pytest.raises(UsageError, match=r"/home/me/none\.yaml"):
+        parse_train(["--recipe=~/none.yaml"])
+    with pytest.raises(UsageError, match=r"data is '~nobody-of-this-name/my\.json'"):
+        parse_train(["--data=~nobody-of-this-name/my.json"])
+
+
+@pytest.mark.parametrize("tree", [Config, EvalConfig, ChatConfig])
+def test_every_leaf_that_names_a_file_is_known_as_one(tree: type) -> None:
+    texts = {path for path, kind in leaves(tree).items() if kind is str}
+    others = {
+        "recipe",
+        "split",
+        "question",
+        "dataset.split",
+        "dataset.eval_split",
+        "dataset.prompt_format",
+        "dataset.options",
+    }
+    assert texts - FILES == texts & others
 
 
 def test_warnings_come_with_the_configuration() -> None:

@@ -19,7 +19,7 @@ from kernels.dispatch import launch
 
 CHANNELS = 4096
 POINTERS = {"row_ptr": "*i32", "seed_ptr": "*i64"}
-ACTIVATIONS = "x y z a dx dy dz da weight norm_weight norm_bias"  # bf16; other pointers are fp32
+ACTIVATIONS = "x y z a dx dy dz da weight"  # bf16, with RMSNorm's weight; other pointers are fp32, LayerNorm's too
 POINTERS |= {f"{name}_ptr": "*bf16" for name in ACTIVATIONS.split()}
 FLOATS = ("eps", "scale", "kept_scale")
 ALIGNED = ("channels", "x_stride", "dy_stride")  # multiples of 16, as launched for every model's width

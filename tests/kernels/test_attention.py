@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from itertools import pairwise
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import attention
+from kernels import attention, dispatch
 from kernels.attention import varlen_attention, varlen_attention_reference
 from tests.kernels.tolerance import assert_within_twice
 
@@ -165,6 +166,35 @@ def test_what_torchs_varlen_attention_is_told(causal: bool, takes_gqa: bool, mon
     assert "enable_gqa" not in calls[0]
     assert calls[1].get("enable_gqa", False) is (takes_gqa and "enable_gqa" in signature.parameters)
     assert calls[1]["key"].shape[1] == (2 if "enable_gqa" in calls[1] else 4)
+
+
+class OnGpu(Tensor):
+    """A CPU tensor that says otherwise."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "implementation", "reason"),
+    [
+        ((7, 5), torch.float16, "sdpa", "FlashAttention 2 refuses sm_75"),
+        ((8, 0), torch.float16, "flash", "16-bit CUDA tensor: torch.nn.attention.varlen"),
+        ((9, 0), torch.bfloat16, "flash", "16-bit CUDA tensor: torch.nn.attention.varlen"),
+        ((9, 0), torch.float32, "sdpa", "torch.float32 tensor on cpu"),
+    ],
+)
+def test_cards_without_flash_attention_take_a_call_a_segment(
+    capability: tuple[int, int], dtype: torch.dtype, implementation: str, reason: str,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(attention, "_flash", lambda q, *rest: torch.full_like(q, 7))
+    monkeypatch.setattr(dispatch, "_decisions", {})
+    tensors = [x.as_subclass(OnGpu) for x in inputs(9, 2, 2, 8, dtype)]
+    with caplog.at_level(logging.INFO, logger="nibble.kernels"):
+        out = varlen_attention(*tensors, bounds(4, 5), 5, causal=True)
+    assert bool((out == 7).all()) == (implementation == "flash")
+    assert [record.getMessage() for record in caplog.records] == [f"attention: {implementation} ({reason})"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from kernels import dispatch
-from kernels.dispatch import LAUNCHES, choose, decisions, launch, set_backend, unit_stride
+from kernels.dispatch import LAUNCHES, BackendError, choose, decisions, launch, record, set_backend, unit_stride
 
 BOTH = ("triton", "reference")
+CUDA = ("cuda", "reference")
+ON_GPU: Any = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=torch.device("cuda"))
 
 
 @pytest.fixture(autouse=True)
@@ -57,19 +61,47 @@ def test_an_unknown_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "x", "available"),
+    ("wanted", "x", "available", "why"),
     [
-        ("cuda", torch.zeros(1), BOTH),
-        ("triton", torch.zeros(1), ("reference",)),
-        ("triton", torch.zeros(1), BOTH),  # on the CPU, not interpreted
-        ("triton", torch.zeros(1, dtype=torch.float64), BOTH),
+        ("triton", torch.zeros(1), BOTH, "torch.float32 tensor on cpu"),  # not interpreted
+        ("triton", torch.zeros(1, dtype=torch.float64), BOTH, "torch.float64 tensor on cpu"),
+        ("cuda", torch.zeros(1), CUDA, "torch.float32 tensor on cpu"),
     ],
 )
-def test_an_explicit_choice_never_falls_back(wanted: str, x: torch.Tensor, available: tuple[str, ...]) -> None:
+def test_an_explicit_choice_never_falls_back(
+    wanted: str, x: torch.Tensor, available: tuple[str, ...], why: str
+) -> None:
     set_backend(wanted)
-    with pytest.raises(ValueError, match=f"op.*{wanted}"):
+    with pytest.raises(BackendError, match=rf"op: backend '{wanted}' .*\({why}\); accepted here: auto, reference"):
         choose("op", x, available)
     assert decisions() == {}
+
+
+def test_a_backend_whose_library_is_missing_does_not_run() -> None:
+    missing = {"cuda": "its library is missing"}
+    assert choose("op", ON_GPU, CUDA) == "cuda"
+    assert choose("op", ON_GPU, CUDA, missing) == "reference"
+    set_backend("cuda")
+    with pytest.raises(BackendError, match="its library is missing"):
+        choose("op", ON_GPU, CUDA, missing)
+
+
+def test_an_op_without_the_chosen_backend_runs_what_it_has_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="nibble.kernels"):
+        set_backend("triton")
+        assert choose("both", ON_GPU, BOTH) == "triton"
+        assert choose("packed", ON_GPU, CUDA) == "cuda"
+        assert choose("plain", ON_GPU, ("reference",)) == "reference"
+        record("rope", "torch", "the only implementation")
+        set_backend("cuda")
+        assert choose("other", ON_GPU, BOTH) == "triton"
+    assert [entry.getMessage() for entry in caplog.records] == [
+        "both: triton (chosen explicitly)",
+        "packed: cuda (has no triton implementation; CUDA tensor)",
+        "plain: reference (has no triton implementation; the only implementation)",
+        "rope: torch (has no triton implementation; the only implementation)",
+        "other: triton (has no cuda implementation; CUDA tensor)",
+    ]
 
 
 def test_a_decision_is_logged_once_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:

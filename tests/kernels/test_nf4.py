@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import logging
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels import nf4
-from kernels.dispatch import set_backend
+from kernels.dispatch import BackendError, set_backend
 from kernels.nf4 import NF4Tensor, dequantize_nf4, quantize_nf4
 
 functional: Any = pytest.importorskip("bitsandbytes.functional")
@@ -178,15 +180,47 @@ def test_explicit_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> N
     on_gpu: Any = SimpleNamespace(is_cuda=True, dtype=torch.uint8, device=torch.device("cuda"))
     previous = set_backend("cuda")
     try:
-        monkeypatch.setattr(nf4, "_bitsandbytes_has_cuda", lambda: False)
-        with pytest.raises(ValueError, match="dequantize_nf4 has no 'cuda' implementation"):
+        with pytest.raises(BackendError, match="dequantize_nf4: backend 'cuda' .*torch.uint8 tensor on cpu"):
+            dequantize_nf4(quantize_nf4(torch.ones(4, 4)))
+        monkeypatch.setattr(nf4, "_bitsandbytes", lambda: None)
+        with pytest.raises(BackendError, match="bitsandbytes with CUDA is missing"):
             nf4._backend(on_gpu)
-        monkeypatch.setattr(nf4, "_bitsandbytes_has_cuda", lambda: True)
+        monkeypatch.setattr(nf4, "_bitsandbytes", lambda: functional)
         assert nf4._backend(on_gpu) == "cuda"
         set_backend("reference")
         assert nf4._backend(on_gpu) == "reference"
     finally:
         set_backend(previous)
+
+
+def test_importing_bitsandbytes_does_not_talk_about_our_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A stand-in that does on its import what the real one does on CPUs with AVX-512; its other warnings are shown."""
+    backend = tmp_path / "bitsandbytes" / "backends" / "cpu"
+    backend.mkdir(parents=True)
+    (tmp_path / "bitsandbytes" / "__init__.py").write_text("from .backends.cpu import ops")
+    (tmp_path / "bitsandbytes" / "functional.py").touch()
+    (tmp_path / "bitsandbytes" / "cextension.py").write_text("class lib:\n    compiled_with_cuda = True\n")
+    (backend / "ops.py").write_text(
+        "import logging\n"
+        "logger = logging.getLogger(__name__)\n"
+        "try:\n    from kernels import get_kernel\n"
+        "except Exception as error:\n    logger.warning('no kernel: %s', error)\n"
+        "logger.warning('something else')\n"
+    )
+    for name in [name for name in sys.modules if name.partition(".")[0] == "bitsandbytes"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    nf4._bitsandbytes.cache_clear()
+    try:
+        assert nf4._bitsandbytes().__file__ == str(tmp_path / "bitsandbytes" / "functional.py")
+    finally:
+        nf4._bitsandbytes.cache_clear()
+        for name in [name for name in sys.modules if name.partition(".")[0] == "bitsandbytes"]:
+            monkeypatch.delitem(sys.modules, name)  # the real ones come back with the others
+    assert [record.getMessage() for record in caplog.records] == ["something else"]
+    assert logging.getLogger("bitsandbytes.backends.cpu.ops").filters == []
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -199,5 +233,5 @@ def test_cuda_equals_cpu(dtype: torch.dtype) -> None:
         assert torch.equal(getattr(here, name), getattr(there, name).cpu()), name
     values = dequantize_nf4(here)
     assert torch.equal(nf4.dequantize_nf4_reference(there, dtype).cpu(), values)
-    if importlib.util.find_spec("bitsandbytes") is not None and nf4._bitsandbytes_has_cuda():
+    if nf4._bitsandbytes() is not None:
         assert torch.equal(nf4._dequantize_bitsandbytes(there, dtype).cpu(), values)

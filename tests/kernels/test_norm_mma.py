@@ -101,11 +101,12 @@ def eager(c: Case, leaves: list[Tensor]) -> Tensor:
     """The expression in x's dtype, as under autocast; on fp64 tensors: the truth."""
     x, *adapter, mix = leaves
     down_w, down_b, up0_w, up0_b, up1_w, up1_b = (parameter.to(x.dtype) for parameter in adapter)
+    norm_weight = c.norm_weight.to(x.dtype)
     if c.norm_bias is None:
         x32 = x.to(torch.promote_types(x.dtype, torch.float32))
-        n = (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + EPS)).to(x.dtype) * c.norm_weight
+        n = (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + EPS)).to(x.dtype) * norm_weight
     else:
-        n = F.layer_norm(x, x.shape[-1:], c.norm_weight, c.norm_bias, EPS)
+        n = F.layer_norm(x, x.shape[-1:], norm_weight, c.norm_bias.to(x.dtype), EPS)
     u = F.linear(n, down_w, down_b)
     if c.dropout:
         u = u * keep_mask(c.seed, c.site, *u.shape, c.dropout, u.device).to(u.dtype) / (1 - c.dropout)
@@ -135,6 +136,24 @@ def test_error_is_at_most_twice_that_of_torch(
     backend: str, shape: tuple[int, int], layer: bool, dtype: torch.dtype, device: torch.device
 ) -> None:
     assert_accurate(case(*shape, dtype, device, layer=layer))
+
+
+@pytest.mark.parametrize("layer", [False, True], ids=["rms", "layer"])
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float32], ids=str)
+def test_norm_parameters_in_fp32_beside_16_bit_activations(
+    backend: str, layer: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    """As in a tower. Rounding them first would give other values."""
+    c = case(127, 96, dtype, device, layer=layer, routers=None)
+    generator = torch.Generator().manual_seed(5)
+    weight, bias = (torch.randn(96, generator=generator).to(device) for _ in range(2))
+    wide = replace(c, norm_weight=weight, norm_bias=bias if layer else None)
+    assert_accurate(wide)
+    rounded = replace(c, norm_weight=weight.to(dtype), norm_bias=bias.to(dtype) if layer else None)
+    assert (results(ours, wide)[0] != results(ours, rounded)[0]).float().mean() > 0.1
+    flat = replace(wide, adapter=[*c.adapter[:2], *(torch.zeros_like(parameter) for parameter in c.adapter[2:])])
+    plain = layer_norm(c.x, weight, bias, EPS) if layer else rms_norm(c.x, weight, EPS)
+    assert (results(ours, flat)[0] != plain).float().mean() < 0.01  # one n for adapter, router and plain norm
 
 
 @pytest.mark.parametrize("dropout", [0.1, 0.5])

@@ -119,6 +119,8 @@ def test_wrong_shapes_are_named() -> None:
         rms_norm(torch.zeros(4, 64), torch.zeros(32), EPS)
     with pytest.raises(ValueError, match=r"\(4, 64\).*\(32,\) and \(64,\)"):
         layer_norm(torch.zeros(4, 64), torch.zeros(32), torch.zeros(64), EPS)
+    with pytest.raises(ValueError, match=r"torch.float32 wants .* got torch.float16"):
+        layer_norm(torch.zeros(4, 64), torch.zeros(64).half(), torch.zeros(64).half(), EPS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -126,7 +128,28 @@ def test_wrong_shapes_are_named() -> None:
 def test_layer_norm(dtype: torch.dtype, affine: torch.dtype | None, device: torch.device) -> None:
     x, weight, bias = inputs((127, 96), dtype, device)
     weight, bias = weight.to(affine or dtype), bias[0].to(affine or dtype)
-    y = layer_norm(x, weight, bias, EPS)
-    torchs = F.layer_norm(x, (96,), weight.to(dtype), bias.to(dtype), EPS)
-    truth = F.layer_norm(x.double(), (96,), weight.double(), bias.double(), EPS)
-    assert_within_twice(y, torchs, truth)
+    dy = inputs((127, 96), dtype, device)[0].flip(0)
+
+    def torchs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.layer_norm(x, (96,), weight.to(x.dtype), bias.to(x.dtype), EPS)
+
+    values = []
+    for function, tensors in (
+        (lambda x, w, b: layer_norm(x, w, b, EPS), (x, weight, bias)),
+        (torchs, (x, weight, bias)),
+        (torchs, (x.double(), weight.double(), bias.double())),
+    ):
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        y = function(*leaves)
+        values.append([y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))])
+    for what, ours, allowed, truth in zip(("y", "dx", "dweight", "dbias"), *values, strict=True):
+        assert_within_twice(ours, allowed, truth, what)
+
+
+def test_fp32_parameters_of_a_layer_norm_keep_no_fp32_copy_of_the_activations(device: torch.device) -> None:
+    x, weight, bias = inputs((127, 96), torch.float16, device)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        y = layer_norm(x.requires_grad_(), weight.float(), bias[0].float(), EPS)
+    assert y.dtype == torch.float16
+    assert {tensor.dtype for tensor in saved if tensor.numel() == x.numel()} == {torch.float16}

@@ -13,7 +13,6 @@ from engine.data.packing import (
     collate,
     filled_tokens,
     first_of_micro_batch,
-    packing_efficiency,
     token_weights,
 )
 from engine.data.planning import plan_packs
@@ -60,7 +59,7 @@ def test_layout_of_a_pack() -> None:
         torch.float32: [pack.weights, pack.tiles],
     }  # fmt: skip
     assert all(tensor.dtype == dtype for dtype, tensors in dtypes.items() for tensor in tensors)
-    assert filled_tokens(pack) == 9 and packing_efficiency([pack, pack]) == 9 / 128
+    assert filled_tokens(pack) == 9
 
 
 def test_a_full_pack_a_text_pack_and_a_pack_without_targets() -> None:
@@ -68,7 +67,7 @@ def test_a_full_pack_a_text_pack_and_a_pack_without_targets() -> None:
     assert pack.input_ids.numel() == 128 and pack.segments.cu_seqlens.tolist() == [0, 1, 2, 128, 128]
     assert pack.tiles is None and pack.tile_router.numel() == pack.image_slots.numel() == 0
     assert pack.supervised.numel() == pack.labels.numel() == pack.weights.numel() == 0
-    assert packing_efficiency([pack]) == 126 / 128
+    assert filled_tokens(pack) == 126
     assert collate([sample("a", 127, [])], [torch.zeros(127)], [None]).input_ids.numel() == 256
 
 

@@ -33,10 +33,10 @@ def test_a_conversation_is_one_sample(write_json: WriteJson, write_image: Callab
     data = Rows(path, str(path.parent / "pictures"), layout)
     assert len(data) == 2
     assert data.sample(0) == layout.pair("r", "Instruction: hi\nResponse:", "hello")
-    turns = [("Instruction: What is it?\nResponse:", "A cup."), ("\nInstruction: Red?\nResponse:", "Yes.")]
+    turns = [("Instruction: What is it?\nResponse:", "A cup."), ("Instruction: Red?\nResponse:", "Yes.")]
     assert data.sample(1) == layout.turns("7", turns, str(image))
     targets = [label for label in data.sample(1).labels if label != IGNORE]
-    assert layout.tokenizer.decode(targets) == "A cup.Yes." and targets[-1] == layout.tokenizer.eos_id
+    assert layout.tokenizer.decode(targets) == "A cup.Yes." and targets.count(layout.tokenizer.eos_id) == 2
 
 
 def test_json_and_jsonl_give_the_same_samples(write_json: WriteJson, layout: Layout) -> None:

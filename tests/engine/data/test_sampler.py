@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from engine.data.sampler import SamplerState, StepSampler
-from engine.errors import CheckpointError, DataError
+from engine.data.sampler import StepSampler
+from engine.errors import DataError
 
 
 def test_an_epoch_is_a_permutation_without_its_remainder() -> None:
@@ -31,21 +31,6 @@ def test_any_step_at_once() -> None:
     for step in (39, 0, 17, 5, 6, 38):
         assert StepSampler(50, 8, seed=3).indices(step) == steps[step]
         assert walked.indices(step) == steps[step]
-
-
-def test_state_names_the_place_and_finds_it_again() -> None:
-    sampler = StepSampler(50, 8, seed=3)
-    assert sampler.state(0) == SamplerState(3, 0, 0)
-    assert sampler.state(5) == SamplerState(3, 0, 40)
-    assert sampler.state(6) == SamplerState(3, 1, 0)
-    assert all(sampler.step(sampler.state(step)) == step for step in range(30))
-
-
-def test_a_state_of_another_run_is_refused() -> None:
-    state = StepSampler(50, 8, seed=3).state(5)
-    for other in (StepSampler(50, 8, seed=4), StepSampler(50, 6, seed=3), StepSampler(40, 8, seed=3)):
-        with pytest.raises(CheckpointError, match="consumed=40"):
-            other.step(state)
 
 
 def test_fewer_samples_than_a_step() -> None:
