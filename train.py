@@ -16,7 +16,10 @@ def main(argv: list[str]) -> int:
         from engine.plan import plan_text, plan_without_weights
 
         plan = plan_without_weights(config, int(os.environ.get("WORLD_SIZE", "1")))
-        print(plan.to_json() if config.json else plan_text(plan))
+        if os.environ.get("RANK", "0") == "0":
+            for note in notes:
+                print(f"warning: {note}", file=sys.stderr)
+            print(plan.to_json() if config.json else plan_text(plan))
         return 0
     if config.dry_run:
         from engine.dry_run import dry_run

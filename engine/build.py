@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from engine.data.scienceqa import ScienceQA
 from engine.data.tokenizer import Tokenizer
 from engine.demo.cache import demo_base, demo_data
 from engine.errors import CheckpointError
+from engine.ticker import Ticker
 from models.adapters.mma import AdapterConfig
 from models.language.llama import LLAMA_13B, LlamaConfig
 from models.placement import fill
@@ -131,7 +133,7 @@ def router_temperature(config: Config, language: LlamaConfig) -> float:
 
 
 def build_model(
-    config: Config, sources: Sources, *, device: torch.device, dtype: torch.dtype, on_tensor: Callable[[str], None],
+    config: Config, sources: Sources, *, device: torch.device, dtype: torch.dtype, quiet: bool = False,
 ) -> VisionLanguageModel:  # fmt: skip
     """Builds on the meta device, then fills tensor by tensor: frozen weights from their files, what trains fresh."""
     with torch.device("meta"):
@@ -142,6 +144,12 @@ def build_model(
         return head if name == "head.weight" else layers
 
     model.start_trainable(config.seed, device)
+    ticker = Ticker(len(sources.language.names) + len(sources.vision.names), "tensors loaded", enabled=not quiet)
+    loaded = itertools.count(1)
+
+    def on_tensor(name: str) -> None:
+        ticker(next(loaded))
+
     fill(
         model.language, sources.language.stream(), bits=language_bits, device=device, dtype=dtype,
         source=str(sources.language.files[0].parent), on_tensor=on_tensor,

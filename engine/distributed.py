@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +20,8 @@ from engine.errors import NibbleError
 from engine.precision import choose_device
 
 T = TypeVar("T")
+
+logger = logging.getLogger("nibble")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,12 @@ class Ranks:
         if self.world == 1:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=device)).item() > 0)
+
+    def say(self, text: str) -> None:
+        """One rank tells it to the terminal and to log.txt."""
+        if self.is_main:
+            print(text, file=sys.stderr, flush=True)
+            logger.info("%s", text)
 
     def barrier(self) -> None:
         if self.world > 1:

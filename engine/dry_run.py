@@ -28,7 +28,7 @@ def dry_run(config: Config, argv: Sequence[str], notes: Sequence[str]) -> int:
     shutil.rmtree(folder, ignore_errors=True)
     train(small, argv, notes, max_steps=STEPS)
     small.resume = "auto"
-    train(small, argv, (), max_steps=STEPS)
+    train(small, argv, (), max_steps=STEPS)  # loads what was saved; no step is left
     shutil.rmtree(folder, ignore_errors=True)
     print("dry run: two steps were taken, saved and read back; nothing was kept")
     return 0

@@ -1,4 +1,4 @@
-"""What a run needs, counted from shapes alone: parameters, memory by part, steps, disk. No GPU, no weights, seconds.
+"""What a run needs, counted from shapes alone: parameters, memory by part, disk. No GPU, no weights, seconds.
 
 Memory is predicted, not measured. Activations are those that the backward pass reads again (16-bit elements on a GPU):
 
@@ -149,7 +149,13 @@ def plan_without_weights(config: Config, num_ranks: int) -> Plan:
             do=f"name a folder with weights, or one called {', '.join(PUBLISHED)}",
         )  # fmt: skip
     vision = open_vision(path).config if path is not None and path.exists() else ClipConfig()
-    return make_plan(config, vlm_config(config, language, vision), name, num_ranks=num_ranks)
+    full = "full" in (config.train.language, config.train.vision)
+    on_cuda = config.runtime.device != "cpu"
+    in_32_bits = config.runtime.precision == "fp32" or (config.runtime.precision == "auto" and (full or not on_cuda))
+    return make_plan(
+        config, vlm_config(config, language, vision), name,
+        num_ranks=num_ranks, dense_bytes=4 if in_32_bits else 2, on_cuda=on_cuda,
+    )  # fmt: skip
 
 
 def plan_text(plan: Plan) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import resource
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +22,6 @@ from engine.build import (
     router_temperature,
     vlm_config,
 )
-from engine.checkpoint import find_latest, load_checkpoint
 from engine.config import Config, is_demo, run_directory
 from engine.config_file import to_yaml
 from engine.data.images import TileReader
@@ -33,57 +30,28 @@ from engine.data.preview import describe
 from engine.data.rows import Rows
 from engine.data.sample import Dataset
 from engine.data.sampler import StepSampler
-from engine.data.scienceqa import ScienceQA
 from engine.distributed import Ranks, ranks
 from engine.environment import describe_environment, device_name
 from engine.errors import INTERRUPTED, CheckpointError, NibbleError, as_nibble_error
-from engine.evaluation.letters import predict
-from engine.evaluation.score import score_table
 from engine.evaluation.validation import validation_loss
-from engine.metrics import Metrics, read_metrics, series
+from engine.finish import finish
+from engine.metrics import Metrics
 from engine.optim import Optimizer
 from engine.plan import make_plan, plan_text
-from engine.plot import loss_svg
 from engine.precision import choose_device, choose_dtype
 from engine.progress import Progress
-from engine.report import FinalMetrics, terminal_report, write_final_metrics, write_report
+from engine.resume import resume
 from engine.rundir import RunDir
 from engine.scaler import LossScaler
 from engine.schedule import CosineSchedule
+from engine.setup import Setup
 from engine.signals import StopSignals
 from engine.trainer import Trainer
 from kernels.dispatch import set_backend
-from models.vlm import VisionLanguageModel
-from models.weights.identity import check_identity, identity
+from models.weights.identity import identity
 from models.weights.lavin import write_lavin_adapters
 
 logger = logging.getLogger("nibble")
-
-
-@dataclass(frozen=True, slots=True)
-class Setup:
-    """What every part of a run needs to know."""
-
-    config: Config
-    sources: Sources
-    model: VisionLanguageModel
-    reader: TileReader
-    ranks: Ranks
-    device: torch.device
-    rundir: RunDir
-    benchmark: ScienceQA | None  # the evaluation split, where --log.evaluate asks for it
-
-    def accuracy(self, progress: Progress) -> dict[str, float]:
-        """The score table of the benchmark, computed on every rank alike; empty without one."""
-        dataset = self.benchmark
-        if dataset is None:
-            return {}
-        progress.note(f"scoring {len(dataset):,} problems of the {self.config.dataset.eval_split} split")
-        guesses = predict(
-            self.model, dataset, self.reader.tile,
-            tokens_per_batch=self.config.runtime.tokens_per_batch, device=self.device,
-        )  # fmt: skip
-        return score_table(dataset.problems, guesses)
 
 
 def train(config: Config, argv: Sequence[str], notes: Sequence[str], max_steps: int | None = None) -> int:
@@ -184,19 +152,21 @@ def _run(
     sampler = StepSampler(len(dataset), config.optim.samples_per_step(me.world), config.seed)
     wanted = config.log.evaluate != "none"  # opened, and so checked, before the hours of training
     benchmark = open_scienceqa(config, sources.tokenizer, config.dataset.eval_split) if wanted else None
-    _say(me, _before(config, sources, dataset, sampler, me, device, f"{str(dtype).removeprefix('torch.')} ({why})"))
+    me.say(_before(config, sources, dataset, sampler, me, device, f"{str(dtype).removeprefix('torch.')} ({why})"))
 
-    model = build_model(config, sources, device=device, dtype=dtype, on_tensor=lambda name: None)
+    model = build_model(config, sources, device=device, dtype=dtype, quiet=not me.is_main)
     if config.adapter.init:
-        _say(me, f"adapters start from {load_trained(model, Path(config.adapter.init), sources.files)}")
+        me.say(f"adapters start from {load_trained(model, Path(config.adapter.init), sources.files)}")
     reader = TileReader(sources.vision.config.image_size)
     setup = Setup(config, sources, model, reader, me, device, rundir, benchmark)
+    if not config.model.language and not is_demo(config):
+        me.say("warning: without --model.language your data train the demo's toy model of 640 word pieces")
     trainer = _trainer(setup, dataset, sampler, dtype)
     trainer.max_steps = max_steps
-    resumed = _resume(setup, trainer)
+    resumed = resume(setup, trainer)
     if me.is_main:  # not before: a run that cannot be resumed like this keeps its config.yaml
         rundir.describe(to_yaml(config), argv, describe_environment(device), demo=is_demo(config))
-    _say(me, f"sample {describe(dataset.sample(sampler.indices(0)[0]), sources.tokenizer)}")
+    me.say(f"sample {describe(dataset.sample(sampler.indices(0)[0]), sources.tokenizer)}")
 
     with Progress(trainer.total_steps, me.is_main) as progress, StopSignals() as stop:
         before = _accuracy_before(setup, trainer, progress)
@@ -207,14 +177,10 @@ def _run(
         model.train()
         trainer.train(progress, stop)
         after = setup.accuracy(progress)
-    if me.is_main:
-        _finish(setup, trainer, before, after, time.perf_counter() - started)
-
-
-def _say(me: Ranks, text: str) -> None:
-    if me.is_main:
-        print(text, file=sys.stderr, flush=True)
-        logger.info("%s", text)
+    if trainer.metrics is not None:
+        trainer.metrics.close()
+    if me.is_main and max_steps is None:
+        finish(setup, trainer, before, after, time.perf_counter() - started)
 
 
 def _before(
@@ -295,30 +261,6 @@ class _Validation:
         )  # fmt: skip
 
 
-def _resume(setup: Setup, trainer: Trainer) -> bool:
-    """Puts the state of --resume back. Returns whether there was one."""
-    wanted, run = setup.config.resume, setup.rundir.path
-    if not wanted:
-        return False
-    path = setup.ranks.from_main(lambda: find_latest(run)) if wanted == "auto" else Path(wanted)
-    if path is None:
-        _say(setup.ranks, f"nothing to resume in {run}: the run begins")
-        return False
-    tensors, state = load_checkpoint(path, "size" if wanted == "auto" else "full")  # "auto" has just read all of it
-    check_identity(state["base"], setup.sources.files)
-    here = {"seed": setup.config.seed, **trainer.state_extras}
-    was, now = (f"seed {s['seed']}, {s['samples_per_step']} of {s['samples']} samples a step" for s in (state, here))
-    if was != now:
-        raise CheckpointError(
-            f"{path} was trained with {was}; this command says {now}",
-            why="the order of the samples would be another", do="resume with the settings of its config.yaml",
-        )  # fmt: skip
-    trainer.load(tensors, state, path)
-    trainer.state_extras["accuracy_before"] = state.get("accuracy_before", {})
-    _say(setup.ranks, f"resumed from {path}")
-    return True
-
-
 def _accuracy_before(setup: Setup, trainer: Trainer, progress: Progress) -> Mapping[str, float]:
     if setup.config.log.evaluate != "both":
         return {}
@@ -345,41 +287,3 @@ def _write_lavin(setup: Setup, epoch: int) -> None:
             f"cannot save {path.name}: {error.strerror or error}", where=str(path.parent),
             why="the earlier checkpoints were not touched", do="make room, then --resume auto",
         ) from error  # fmt: skip
-
-
-def _finish(
-    setup: Setup, trainer: Trainer, before: Mapping[str, float], after: Mapping[str, float], seconds: float
-) -> None:
-    assert trainer.metrics is not None
-    trainer.metrics.close()
-    rundir, c = setup.rundir, trainer.counters
-    rows = read_metrics(rundir.metrics_jsonl)
-    rundir.loss_svg.write_text(loss_svg(series(rows, "loss"), series(rows, "eval_loss")), encoding="utf-8")
-    final = FinalMetrics(
-        accuracy=after, accuracy_before=before, loss=trainer.loss_ema.value,
-        steps=c.step, samples_per_second=c.samples / c.seconds, tokens_per_second=c.tokens / c.seconds,
-        peak_memory_bytes=_peak_memory(setup.device), packing_efficiency=c.tokens / c.packed_tokens,
-        trainable_parameters=sum(p.numel() for p in setup.model.trainable().values()),
-        wall_seconds=seconds, device=device_name(setup.device),
-    )  # fmt: skip
-    write_final_metrics(rundir.metrics_final, final)
-    next_commands = _next_commands(setup)
-    title = f"nibble: {rundir.path}"
-    write_report(rundir.report, title, final, next_commands)
-    print(terminal_report(title, final, rundir.report, next_commands), flush=True)
-    print(f"loss plot: {rundir.loss_svg}")
-
-
-def _next_commands(setup: Setup) -> list[str]:
-    run = setup.rundir.path
-    commands = [f"python chat.py --run {run} --image PICTURE.png --question 'What is shown?'"]
-    if setup.config.dataset.root or not setup.config.data:
-        commands.insert(0, f"python eval.py --run {run} --task scienceqa")
-    return commands
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Bytes: the allocator's peak on a GPU, the process's peak resident set on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

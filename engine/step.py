@@ -26,8 +26,8 @@ class StepResult:
 
 
 def dropout_seed(seed: int, step: int, pack: int) -> int:
-    """A 31-bit number for the dropout of pack number `pack` of a step: splitmix64 over what identifies the pack, so that
-    a resumed run draws what the uninterrupted one would have, and any number of ranks the same for the same packs."""
+    """A 31-bit number for the dropout of one pack of a step: splitmix64 over what identifies it, so that a resumed run
+    draws what the uninterrupted one would have, and any number of ranks the same for the same packs."""
     mask = (1 << 64) - 1
     state = 0
     for part in (seed, step, pack):

@@ -54,7 +54,7 @@ def open_trained(config: Config, weights: Path) -> Trained:
     full = "full" in (config.train.language, config.train.vision)
     dtype, _ = choose_dtype(config.runtime.precision, device, full_training=full)
     sources = open_sources(config)
-    model = build_model(config, sources, device=device, dtype=dtype, on_tensor=lambda name: None)
+    model = build_model(config, sources, device=device, dtype=dtype)
     read = load_trained(model, weights, sources.files)
     model.eval()
     reader = TileReader(sources.vision.config.image_size)

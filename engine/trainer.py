@@ -38,7 +38,7 @@ class Counters:
     samples: int = 0
     tokens: int = 0
     packed_tokens: int = 0  # with the filling of packs
-    seconds: float = 0.0  # spent in steps
+    seconds: float = 0.0  # of steps, waiting for data included, without validation and saving
     best_step: int = -1
     best_loss: float = float("inf")
 
@@ -80,8 +80,14 @@ class Trainer:
         """
         every, save_every = self.config.log.every, self.config.log.save_every or self.steps_per_epoch
         first = self.counters.step
-        for step, packs in enumerate(self.loader.steps(first, self.total_steps), start=first):
-            fields = self._step(step, packs)
+        prepared = self.loader.steps(first, self.total_steps)
+        for step in range(first, self.total_steps):
+            start = time.perf_counter()
+            packs = next(prepared)
+            waited = time.perf_counter() - start
+            result = self._step(step, packs)
+            seconds = time.perf_counter() - start
+            fields = self._count(step, packs, result, seconds) | {"data_ms": 1000 * waited}
             done = step + 1
             progress.update(done, **fields | {"loss": fields["loss_ema"]})
             if self._due(done, every) or done in (1, self.total_steps):
@@ -114,31 +120,30 @@ class Trainer:
     def _due(done: int, every: int) -> bool:
         return every > 0 and done % every == 0
 
-    def _step(self, step: int, packs: list[Pack]) -> dict[str, float]:
-        start = time.perf_counter()
-        lr = self.schedule(step)
-        result = train_step(
+    def _step(self, step: int, packs: list[Pack]) -> StepResult:
+        return train_step(
             self.wrapped, packs, self.optimizer, self.scaler, self.ranks,
-            step=step, seed=self.config.seed, lr=lr, clip_grad=self.config.optim.clip_grad, device=self.device,
+            step=step, seed=self.config.seed, lr=self.schedule(step), clip_grad=self.config.optim.clip_grad,
+            device=self.device,
         )  # fmt: skip
+
+    def _count(self, step: int, packs: list[Pack], result: StepResult, seconds: float) -> dict[str, float]:
+        """Adds the step to the counters; returns its row of metrics."""
         counts = torch.tensor(
             [sum(filled_tokens(p) for p in packs), sum(p.input_ids.numel() for p in packs)],
             dtype=torch.float64, device="cpu" if self.device.type == "cpu" else self.device,
         )  # fmt: skip
         tokens, packed = self.ranks.sum(counts).tolist()
-        self.counters.tokens += int(tokens)
-        self.counters.packed_tokens += int(packed)
-        self.counters.samples += self.config.optim.samples_per_step(self.ranks.world)
-        self.counters.seconds += time.perf_counter() - start
-        self.counters.step = step + 1
-        return self._fields(result, lr)
-
-    def _fields(self, result: StepResult, lr: float) -> dict[str, float]:
         c = self.counters
+        c.tokens += int(tokens)
+        c.packed_tokens += int(packed)
+        c.samples += self.config.optim.samples_per_step(self.ranks.world)
+        c.seconds += seconds
+        c.step = step + 1
         return {
             "epoch": c.step / self.steps_per_epoch, "samples": c.samples, "tokens": c.tokens,
-            "loss": result.loss, "loss_ema": self.loss_ema.update(result.loss), "lr": lr,
-            "grad_norm": result.grad_norm, "loss_scale": self.scaler.scale,
+            "loss": result.loss, "loss_ema": self.loss_ema.update(result.loss), "lr": self.schedule(step),
+            "grad_norm": result.grad_norm, "loss_scale": self.scaler.scale, "step_ms": 1000 * seconds,
             "tok_s": c.tokens / c.seconds, "samples_s": c.samples / c.seconds, "packing": c.tokens / c.packed_tokens,
         }  # fmt: skip
 

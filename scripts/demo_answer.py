@@ -6,6 +6,7 @@ import json
 import sys
 
 import chat
+from engine.data.prompts import question_with_options
 from engine.demo.cache import demo_data
 from engine.errors import run_command
 
@@ -17,9 +18,8 @@ def main(argv: list[str]) -> int:
     test = json.loads((root / "pid_splits.json").read_text(encoding="utf-8"))["test"]
     qid = next(qid for qid in test if problems[qid]["image"] and not problems[qid]["hint"])
     problem = problems[qid]
-    options = " ".join(f"({letter}) {choice}" for letter, choice in zip("ABCDE", problem["choices"], strict=False))
     command = [*argv, "--image", str(root / "images" / "test" / qid / problem["image"])]
-    command += ["--question", f"{problem['question']} {options}"]
+    command += ["--question", question_with_options(problem)]
     print(f"python chat.py {' '.join(command[:-1])} '{command[-1]}'")
     print(f"right: {'ABCDE'[problem['answer']]}", flush=True)
     return chat.main(command)

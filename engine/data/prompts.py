@@ -47,13 +47,22 @@ def prompt(problem: Mapping[str, Any], prompt_format: str, options: str = "ABCDE
     """What the model is asked: the lines of the input, then `Response:` on its own line."""
     letters = prompt_format.split("-")[0]
     context = f"{problem['hint']} {caption}".strip() or "N/A"
-    choices = " ".join(f"({letter}) {choice}" for letter, choice in zip(options, problem["choices"], strict=False))
+    choices = _choices(problem, options)
     lines = {"Q": f"Question: {problem['question']}", "C": f"Context: {context}", "M": f"Options: {choices}"}
     text = [lines[letter] for letter in letters if letter in lines]
     explained = "".join(letter for letter in letters if letter not in lines)
     if explained:
         text.insert(letters.index(explained), "BECAUSE: " + _fill(_INPUT_EXPLANATIONS[explained], problem))
     return _tidy("\n".join([*text, "Response:"]))
+
+
+def question_with_options(problem: Mapping[str, Any], options: str = "ABCDE") -> str:
+    """The question as a person types it in chat.py: `How many? (A) one (B) two`."""
+    return f"{problem['question']} {_choices(problem, options)}"
+
+
+def _choices(problem: Mapping[str, Any], options: str) -> str:
+    return " ".join(f"({letter}) {choice}" for letter, choice in zip(options, problem["choices"], strict=False))
 
 
 def target(problem: Mapping[str, Any], prompt_format: str, options: str = "ABCDE") -> str:

@@ -40,7 +40,7 @@ class StepSampler:
         return self._permutation(epoch)[start : start + self.samples_per_step]
 
     def step_share(self, micro_batch: int) -> float:
-        """The share of an epoch that one step advances; samples that fill no micro-batch (of all ranks) do not count."""
+        """The share of an epoch that one step advances. Samples that fill no micro-batch of all ranks do not count."""
         return self.samples_per_step / (self.num_samples // micro_batch * micro_batch)
 
     def _permutation(self, epoch: int) -> list[int]:

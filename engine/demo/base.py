@@ -132,7 +132,7 @@ def _train(data: Path, start: Path, run: Path) -> Path:
     config, notes = parse_train([
         "--bits", "16bit", "--model.language", str(start), "--model.vision", str(start / "tower"),
         "--dataset.root", str(data), "--output_dir", str(run), "--train.language", "full", "--train.vision", "full",
-        "--optim.epochs", "18", "--optim.lr", "1e-3", "--optim.warmup_epochs", "0.2", "--optim.clip_grad", "1.0",
+        "--optim.epochs", "11", "--optim.lr", "1e-3", "--optim.warmup_epochs", "0.2", "--optim.clip_grad", "1.0",
         "--optim.reduction", "sample", "--log.every", "100",
     ])  # fmt: skip
     train(config, ["python -m engine.demo.base"], notes)

@@ -44,7 +44,8 @@ def choose(rng: Random, pool: Sequence[str], smallest: int, largest: int) -> tup
     """The first few words of the pool as choices, and one of them as the answer.
 
     Every choice is the answer with the same probability, so the list says nothing about it. The words always stand in
-    the pool's order: a network of this size reads a letter off what it sees long before it can look a word up in a list.
+    the pool's order: a network of this size learns to read a letter off what it sees long before it learns to look a
+    word up in a list.
     """
     choices = tuple(pool[: rng.randint(smallest, largest)])
     return choices, rng.randrange(len(choices))

@@ -64,13 +64,11 @@ def color(rng: Random) -> Draft:
 
 def count(rng: Random) -> Draft:
     choices, answer = choose(rng, NUMBERS, 2, 5)
-    number = NUMBERS.index(choices[answer]) + 1
-    shape, paint, radius = rng.choice(SHAPES), rng.choice(list(COLORS)), rng.randint(10, 14)
-    marks = tuple(Mark(shape, paint, x, y, radius) for x, y in _cells(rng, number))
+    marks = tuple(Mark("circle", "black", x, y, 12) for x, y in _cells(rng, answer + 1))
     return Draft(
-        kind=COUNT, question="How many shapes are there?", choices=choices, answer=answer,
-        solution=f"The number is {choices[answer]}.", scene=Scene(rng.choice(PAPER), marks=marks),
-    )
+        kind=COUNT, question="How many balls are there?", choices=choices, answer=answer,
+        solution=f"The number is {choices[answer]}.", scene=Scene("white", marks=marks),
+    )  # fmt: skip
 
 
 def size(rng: Random) -> Draft:
@@ -80,7 +78,8 @@ def size(rng: Random) -> Draft:
     for place, (x, y) in enumerate(_cells(rng, 2)):
         big = (place == answer) == larger
         x, y = (min(max(v, 20), SIDE - 20) for v in (x, y))
-        marks.append(Mark(choices[place], PAIR[choices[place]], x, y, rng.randint(16, 19) if big else rng.randint(7, 9)))
+        radius = rng.randint(16, 19) if big else rng.randint(7, 9)
+        marks.append(Mark(choices[place], PAIR[choices[place]], x, y, radius))
     word = "larger" if larger else "smaller"
     return Draft(
         kind=SIZE, question=f"Which shape is {word}?", choices=choices, answer=answer,

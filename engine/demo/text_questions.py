@@ -57,8 +57,8 @@ def heat(rng: Random) -> Draft:
     word = "warmest" if warm else "coldest"
     told = ", ".join(f"{thing} at {degree}0 degrees" for thing, degree in zip(things, degrees, strict=True))
     return Draft(
-        kind=HEAT, question=f"Which is the {word}?", choices=things, answer=answer, hint=f"{rng.choice(NAMES)} has {told}.",
-        solution=f"The {things[answer]} is the {word}.",
+        kind=HEAT, question=f"Which is the {word}?", choices=things, answer=answer,
+        hint=f"{rng.choice(NAMES)} has {told}.", solution=f"The {things[answer]} is the {word}.",
     )  # fmt: skip
 
 
@@ -67,21 +67,20 @@ def animal(rng: Random) -> Draft:
     name = rng.choice(ANIMALS[groups[answer]])
     return Draft(
         kind=ANIMAL, question="What kind of animal is it?", choices=groups, answer=answer,
-        hint=f"{rng.choice(NAMES)} sees a {name} in {rng.choice(TOWNS)}.", solution=f"A {name} is of the kind {groups[answer]}.",
+        hint=f"{rng.choice(NAMES)} sees a {name} in {rng.choice(TOWNS)}.",
+        solution=f"A {name} is of the kind {groups[answer]}.",
     )  # fmt: skip
 
 
 def home(rng: Random) -> Draft:
-    """Either the towns are the choices or the people are; the others are any."""
+    """Either the towns are the choices or the people are."""
     who = rng.random() < 0.5
-    choices, answer = choose(rng, NAMES if who else TOWNS, 2, 3)
-    others = rng.sample(TOWNS if who else NAMES, len(choices))
-    pairs = list(zip(choices, others, strict=True) if who else zip(others, choices, strict=True))
-    person, town = pairs[answer]
-    rng.shuffle(pairs)
+    choices, answer = choose(rng, NAMES if who else TOWNS, 2, 4)
+    person, town = (choices[answer], rng.choice(TOWNS)) if who else (rng.choice(NAMES), choices[answer])
+    verb, thing = rng.choice(("owns", "likes", "sells")), rng.choice([good for pair in GOODS for good in pair])
     return Draft(
-        kind=HOME, question=f"Who lives in {town}?" if who else f"Where does {person} live?", choices=choices, answer=answer,
-        hint=" ".join(f"{someone} lives in {somewhere}." for someone, somewhere in pairs),
+        kind=HOME, question=f"Who lives in {town}?" if who else f"Where does {person} live?",
+        choices=choices, answer=answer, hint=f"{person} lives in {town} and {verb} a {thing}.",
         solution=f"{person} lives in {town}.",
     )  # fmt: skip
 
@@ -94,8 +93,8 @@ def price(rng: Random) -> Draft:
     word = "more" if most else "less"
     told = " and ".join(f"a {thing} for {dollar} dollars" for thing, dollar in zip(goods, dollars, strict=True))
     return Draft(
-        kind=PRICE, question=f"Which costs {word}?", choices=goods, answer=answer, hint=f"{rng.choice(NAMES)} sees {told}.",
-        solution=f"The {goods[answer]} costs {word}.",
+        kind=PRICE, question=f"Which costs {word}?", choices=goods, answer=answer,
+        hint=f"{rng.choice(NAMES)} sees {told}.", solution=f"The {goods[answer]} costs {word}.",
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from engine.evaluation.letters import predict
 from engine.evaluation.score import LAVIN_NAMES, format_table, parse_answer, parse_answer_legacy, score_table
 from engine.files import write_atomic
 from engine.generation import Sampling, generate, plan_batches
+from engine.ticker import Ticker
 from engine.trained import Trained, open_trained, run_config
 from models.weights.lavin import read_lavin_args
 
@@ -93,21 +94,9 @@ def _warn_about(config: Config, adapters: Path) -> None:
         )  # fmt: skip
 
 
-def _progress(count: int) -> Callable[[int], None]:
-    shown = 0
-
-    def show(done: int) -> None:
-        nonlocal shown
-        if done - shown >= 1024:
-            shown = done
-            print(f"{done:,} of {count:,}", file=sys.stderr, flush=True)
-
-    return show
-
-
 def _compare(trained: Trained, dataset: ScienceQA, config: EvalConfig, count: int) -> list[Answer]:
     guesses = predict(
-        trained.model, dataset, trained.reader.tile, indices=range(count), on_done=_progress(count),
+        trained.model, dataset, trained.reader.tile, indices=range(count), on_done=Ticker(count, "problems scored"),
         tokens_per_batch=trained.config.runtime.tokens_per_batch, device=trained.device,
     )  # fmt: skip
     return [Answer(guess) for guess in guesses]
@@ -125,7 +114,7 @@ def _generate(trained: Trained, dataset: ScienceQA, config: EvalConfig, count: i
         max_batch_size=config.max_batch_size, tokens_per_batch=trained.config.runtime.tokens_per_batch,
     )  # fmt: skip
     texts = [""] * count
-    show, done = _progress(count), 0
+    show, done = Ticker(count, "problems answered"), 0
     for members in batches:
         batch = [prompts[i] for i in members]
         tiles = [None if p.image is None else trained.reader.tile(p.image) for p in batch]

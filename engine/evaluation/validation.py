@@ -18,7 +18,10 @@ def validation_loss(
     model: VisionLanguageModel, dataset: Dataset, reader: TileReader, ranks: Ranks, *,
     tokens_per_batch: int, device: torch.device,
 ) -> float:  # fmt: skip
-    """Mean over tokens, without dropout; the model is back in training mode afterwards if it was. Each rank takes every `world`-th window of samples."""
+    """Mean over tokens, without dropout; a model in training mode is back in it afterwards.
+
+    Each rank takes every `world`-th window of samples.
+    """
     was_training = model.training
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64)  # of losses, of tokens

@@ -70,7 +70,7 @@ def _write_delta(folder: Path, config: LlamaConfig) -> None:
     (folder / "config.json").write_text(json.dumps(values))
     generator = torch.Generator().manual_seed(1)
     shapes = language_shapes(config)
-    tensors = {NAMES.of(name): 0.05 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    tensors = {NAMES.of(name): 0.01 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     weight_map = {}
     for number, names in enumerate((list(tensors)[::2], list(tensors)[1::2]), 1):
         file = f"pytorch_model-0000{number}-of-00002.bin"

@@ -15,6 +15,7 @@ import eval as eval_command
 import train
 from engine.build import open_scienceqa
 from engine.config import Runtime
+from engine.data.prompts import question_with_options
 from engine.errors import run_command
 from engine.evaluation.letters import predict
 from engine.evaluation.score import chance
@@ -84,10 +85,9 @@ def test_evaluation_gives_the_same_table_by_letters_and_nearly_so_by_generation(
 
 def test_it_answers_a_question_about_a_picture(run: Path, trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
     dataset = open_scienceqa(trained.config, trained.tokenizer, "test")
-    index = next(i for i, problem in enumerate(dataset.problems) if problem["question"] == "How many shapes are there?")
+    index = next(i for i, problem in enumerate(dataset.problems) if problem["question"] == "How many balls are there?")
     problem, image = dataset.problems[index], dataset.sample(index).image
-    options = " ".join(f"({letter}) {choice}" for letter, choice in zip("ABCDE", problem["choices"], strict=False))
-    question = f"{problem['question']} {options}"
+    question = question_with_options(problem)
     line = ["--run", str(run), "--image", str(image), "--question", question, "--temperature", "0"]
     assert run_command(chat.main, line) == 0
     answer = capsys.readouterr().out.strip()

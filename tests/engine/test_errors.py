@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 
+import numpy as np
 import pytest
+import torch
 
 from engine import errors
+from kernels import dispatch
 
 
 def test_message_has_its_four_parts_and_leaves_out_empty_ones() -> None:
@@ -49,7 +53,6 @@ class OutOfMemoryError(RuntimeError):
         (errors.UsageError("bad"), 2, "usage"),
         (WeightsError("bad"), 7, "checkpoint"),
         (MissingTensors("bad"), 7, "checkpoint"),
-        (OutOfMemoryError("bad"), 5, "memory"),
     ],
 )
 def test_known_error_prints_its_message_and_no_traceback(
@@ -57,6 +60,54 @@ def test_known_error_prints_its_message_and_no_traceback(
 ) -> None:
     assert errors.run_command(raiser(error), []) == code
     assert capsys.readouterr().err == f"error[{kind}]: bad\n"
+
+
+def raised_by(allocate: Callable[[], object]) -> Exception:
+    """What a library raises for more than a machine can address."""
+    with pytest.raises((MemoryError, RuntimeError)) as caught:
+        allocate()
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (lambda: OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "CUDA out of memory"),
+        (MemoryError, "out of memory"),
+        (lambda: raised_by(lambda: np.empty(10**17)), "Unable to allocate"),
+        (lambda: raised_by(lambda: torch.empty(10**15)), "DefaultCPUAllocator"),
+    ],
+)
+def test_out_of_memory_says_what_needs_less(
+    make: Callable[[], Exception], what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert errors.run_command(raiser(make()), []) == 5
+    first, do = capsys.readouterr().err.splitlines()
+    assert first.startswith("error[memory]: ") and what in first
+    assert do.startswith("  do: lower --runtime.tokens_per_batch") and "--gradient_checkpointing" in do
+
+
+def test_another_runtime_error_is_a_defect() -> None:
+    with pytest.raises(RuntimeError, match="a defect"):
+        errors.run_command(raiser(RuntimeError("a defect of the allocator")), [])
+
+
+def test_a_backend_that_cannot_run_is_a_matter_of_the_machine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(dispatch, "_settings", {"backend": "triton"})
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+    def main(argv: list[str]) -> int:
+        dispatch.choose("op", torch.zeros(1), ("triton", "reference"))
+        return 0
+
+    assert errors.run_command(main, []) == 4
+    told = capsys.readouterr().err
+    assert told.startswith(
+        "error[environment]: op: backend 'triton' was chosen and cannot run (torch.float32 tensor on "
+    )
+    assert "do: --runtime.kernels auto" in told
 
 
 def test_debug_adds_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:

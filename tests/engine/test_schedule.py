@@ -11,8 +11,9 @@ from engine.schedule import CosineSchedule
 # LaVIN's ScienceQA recipe: blr 9e-3, 32 samples a step, 12,726 samples, 20 epochs, 2 of warm-up
 STEPS = 12726 // 32
 LAVIN = CosineSchedule(
-    lr=Optim().peak_lr(num_ranks=1), min_lr=0.0, epochs=20, warmup_epochs=2, steps_per_epoch=STEPS, step_share=32 / 12726
-)
+    lr=Optim().peak_lr(num_ranks=1), min_lr=0.0, epochs=20, warmup_epochs=2,
+    steps_per_epoch=STEPS, step_share=32 / 12726,
+)  # fmt: skip
 
 
 def test_lavin_values():

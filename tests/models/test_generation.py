@@ -66,10 +66,13 @@ def greedy(
 
 def decode(
     model: VisionLanguageModel, samples: list[Sample], tiles: list[Tensor | None], eos_id: int = NEVER,
-    **sampling: float | bool,
+    *, seed: int = 1, **sampling: float | bool,
 ) -> list[list[int]]:  # fmt: skip
     options = Sampling(**{"max_new_tokens": NEW_TOKENS, "temperature": 0.0, **sampling})
-    return generate(model, samples, tiles, sampling=options, eos_id=eos_id, device=torch.device("cpu"))
+    return generate(
+        model, samples, tiles, sampling=options, generator=torch.Generator().manual_seed(seed), eos_id=eos_id,
+        device=torch.device("cpu"),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["positions", "legacy_positions"])
