@@ -65,7 +65,10 @@ BOUNDS: dict[str, Bound] = {
 }
 
 # What eval.py reads when it generates only, what the run says that it is given, and what it may say differently.
-OF_GENERATION = ("max_batch_size", "max_new_tokens", "generation_temperature", "top_p")
+OF_GENERATION = (
+    "max_batch_size", "max_new_tokens", "generation_temperature", "top_p", "legacy.decode_positions",
+    "legacy.score_whole_text",
+)  # fmt: skip
 OF_A_RUN = ("model.", "adapter.", "dataset.", "legacy.")
 BESIDE_A_RUN = ("dataset.root", "legacy.decode_positions", "legacy.score_whole_text", "legacy.eval_8bit_as_4bit")
 
@@ -191,6 +194,8 @@ def _check_evaluation(config: EvalConfig) -> None:
 
 def _effectless_training(config: Config) -> Iterator[str]:
     adapter, train, dataset, optim = config.adapter, config.train, config.dataset, config.optim
+    if config.eval_every and not config.eval_data:
+        yield "--eval_every has no effect without --eval_data"
     if config.json and not config.plan:
         yield "--json has no effect without --plan"
     if config.dry_run and config.plan:

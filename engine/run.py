@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,7 +34,7 @@ from engine.data.sample import Dataset
 from engine.data.sampler import StepSampler
 from engine.distributed import Ranks, ranks
 from engine.environment import describe_environment, device_name
-from engine.errors import INTERRUPTED, CheckpointError, NibbleError, as_nibble_error
+from engine.errors import INTERRUPTED, CheckpointError, NibbleError, Stopped, as_nibble_error
 from engine.evaluation.validation import validation_loss
 from engine.finish import finish
 from engine.metrics import Metrics
@@ -71,6 +73,9 @@ def train(config: Config, argv: Sequence[str], notes: Sequence[str], max_steps: 
                 _run(config, argv, me, device, rundir, max_steps)
             except (NibbleError, ValueError, RuntimeError, OSError, MemoryError, KeyboardInterrupt) as error:
                 _record_error(rundir, me, error)
+                if isinstance(error, Stopped) and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+                    print(error, file=sys.stderr)
+                    return 0  # else the launcher would start the ranks again; exit.json says that the run was stopped
                 raise
             if me.is_main:
                 rundir.write_exit(0, "finished")

@@ -124,6 +124,9 @@ class RunDir:
         for file in (self.config, self.command, self.env, self.metrics_jsonl, self.metrics_csv, self.loss_svg,
                      self.log, self.latest, self.best, self.report, self.metrics_final, self.exit):  # fmt: skip
             file.unlink(missing_ok=True)
+        for pattern in ("checkpoint-*.pth", "eval-*.json"):
+            for written in self.path.glob(pattern):
+                written.unlink()
         shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
 
 

@@ -68,10 +68,6 @@ def _open(config: EvalConfig) -> Trained:
         base.dataset.root = config.dataset.root or base.dataset.root
         weights = Path(config.run)
     else:
-        if not config.adapter.init:
-            raise UsageError(
-                "nothing to evaluate", where="command line", do="give --run RUN, or --adapter.init FILE with its base"
-            )
         base = Config(
             bits=config.bits, model=config.model, adapter=config.adapter, dataset=config.dataset,
             runtime=config.runtime, legacy=config.legacy,
