@@ -11,6 +11,7 @@ import torch
 from engine.build import dataset_format, open_scienceqa
 from engine.data.prompts import question_with_options
 from engine.environment import device_name
+from engine.errors import DataError
 from engine.metrics import read_metrics, series
 from engine.plot import loss_svg
 from engine.report import FinalMetrics, terminal_report, write_final_metrics, write_report
@@ -44,9 +45,13 @@ def finish(
 def _next_commands(setup: Setup) -> list[str]:
     """What works on this run: evaluation where there is a benchmark, and a question about a picture that it knows."""
     run, config = setup.rundir.path, setup.config
+    ask = f"python chat.py --run {run} --image PICTURE --question 'What is shown?'"
     if dataset_format(config) != "scienceqa":
-        return [f"python chat.py --run {run} --image PICTURE --question 'What is shown?'"]
-    benchmark = setup.benchmark or open_scienceqa(config, setup.sources.tokenizer, config.dataset.eval_split)
+        return [ask]
+    try:
+        benchmark = setup.benchmark or open_scienceqa(config, setup.sources.tokenizer, config.dataset.eval_split)
+    except DataError:  # nobody asked for it, and the run is through
+        return [ask]
     asked = f"python chat.py --run {run}"
     for index, problem in enumerate(benchmark.problems):
         image = benchmark.prompt_sample(index).image

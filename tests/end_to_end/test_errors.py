@@ -24,6 +24,7 @@ import train
 from engine.checkpoint import find_latest, load_checkpoint
 from engine.errors import run_command
 from engine.rundir import RunDir
+from kernels import dispatch
 from models.vlm import VisionLanguageModel
 from tests.end_to_end.conftest import World
 from tests.engine import faulty_files
@@ -166,6 +167,19 @@ def test_a_benchmark_that_is_not_there_is_missed_before_the_first_step(
     assert not (typed.run / "metrics.jsonl").exists() and find_latest(typed.run) is None
 
 
+def test_a_benchmark_that_is_not_there_is_not_missed_where_nobody_asks_for_it(
+    world: World, type_: Type, tmp_path: Path
+) -> None:
+    """The report names the next commands after hours of training: it must not fail for want of one."""
+    root = tmp_path / "data"
+    shutil.copytree(world.root, root, ignore=shutil.ignore_patterns("weights"))
+    shutil.rmtree(root / "images" / "test")
+    typed = type_(*world.base, *SHORT, "--dataset.root", root)
+    assert typed.code == 0, typed.errors
+    report = (typed.run / "REPORT.md").read_text()
+    assert "chat.py" in report and "eval.py" not in report
+
+
 def test_fewer_rows_than_a_step_takes(world: World, type_: Type) -> None:
     typed = type_(*world.scienceqa, "--optim.batch_size", 25)
     typed.failed(3, "the data has 24 samples, one step takes 25", "--optim.batch_size")
@@ -291,6 +305,13 @@ def test_scoring_a_benchmark_that_rows_of_ones_own_do_not_have(rows: Any, type_:
 def test_nothing_to_evaluate(world: World, type_: Type, tmp_path: Path) -> None:
     type_(*world.scienceqa, command=eval).refused(2, "nothing to evaluate")
     type_("--run", tmp_path / "none", command=eval).refused(2, "is no run directory")
+
+
+def test_a_backend_that_cannot_run_here(world: World, type_: Type, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_settings", {})  # the choice is the process's
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    typed = type_(*world.scienceqa, *SHORT, "--runtime.kernels", "triton", "--runtime.device", "cpu")
+    typed.failed(4, "'triton' was chosen and cannot run (torch.float32 tensor on cpu)", "--runtime.kernels auto")
 
 
 def test_debug_shows_the_traceback(world: World, type_: Type, tmp_path: Path) -> None:
@@ -510,9 +531,8 @@ def test_nothing_to_resume(world: World, type_: Type, tmp_path: Path) -> None:
         (["--seed", 1], ["trained with seed 0, 8 of 24 samples a step; this command says seed 1, 8 of 24"]),
         (["--optim.batch_size", 4], ["this command says seed 0, 4 of 24 samples a step"]),
         (["--dataset.split", "trainval"], ["this command says seed 0, 8 of 36 samples a step"]),
-        (["--adapter.dim", 4], ["mismatched (", "down.weight: got 8x32, expected 4x32"]),
-        (["--train.vision", "frozen"], ["extra (", "vision.layers.0.attention_adapter"]),
-        (["--adapter.language", "block"], ["missing (", "language.layers.0.mlp_adapter"]),
+        (["--adapter.dim", 4], ["trained with other settings", "adapter.dim: 8, now 4"]),
+        (["--optim.lr", 0.1, "--bits", "16bit"], ["bits: '4bit', now '16bit'; optim.lr: 0.02, now 0.1"]),
     ],
 )
 def test_resuming_as_another_run(world: World, type_: Type, flags: list[object], parts: list[str]) -> None:
@@ -522,6 +542,22 @@ def test_resuming_as_another_run(world: World, type_: Type, flags: list[object],
     typed.failed(7, *parts, "config.yaml")
     assert (typed.run / "config.yaml").read_text() == config, "what the message points to is gone"
     assert find_latest(typed.run) == typed.run / "step-3"
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--adapter.dim", 4], ["mismatched (", "down.weight: got 8x32, expected 4x32"]),
+        (["--train.vision", "frozen"], ["extra (", "vision.layers.0.attention_adapter"]),
+        (["--adapter.language", "block"], ["missing (", "language.layers.0.mlp_adapter"]),
+    ],
+)
+def test_starting_from_a_run_that_trained_other_tensors(
+    world: World, type_: Type, tmp_path: Path, flags: list[object], parts: list[str]
+) -> None:
+    first = type_(*world.scienceqa, *SHORT).run.rename(tmp_path / "first")
+    typed = type_(*world.scienceqa, *SHORT, *flags, "--adapter.init", first)
+    typed.failed(7, *parts, str(first / "step-3"), "config.yaml")
 
 
 def test_resuming_on_another_base(world: World, base: Any, type_: Type) -> None:

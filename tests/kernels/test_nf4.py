@@ -180,7 +180,7 @@ def test_explicit_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> N
     on_gpu: Any = SimpleNamespace(is_cuda=True, dtype=torch.uint8, device=torch.device("cuda"))
     previous = set_backend("cuda")
     try:
-        with pytest.raises(BackendError, match="dequantize_nf4: backend 'cuda' .*torch.uint8 tensor on cpu"):
+        with pytest.raises(BackendError, match=r"dequantize_nf4: backend 'cuda' .*torch\.uint8 tensor on cpu"):
             dequantize_nf4(quantize_nf4(torch.ones(4, 4)))
         monkeypatch.setattr(nf4, "_bitsandbytes", lambda: None)
         with pytest.raises(BackendError, match="bitsandbytes with CUDA is missing"):
