@@ -37,7 +37,7 @@ def finish(
     write_final_metrics(rundir.metrics_final, final)
     next_commands = _next_commands(setup)
     title = f"nibble: {rundir.path}"
-    write_report(rundir.report, title, final, next_commands)
+    write_report(rundir.report, title, final, next_commands, trainer.loader.remarks)
     print(terminal_report(title, final, rundir.report, next_commands), flush=True)
     print(f"loss plot: {rundir.loss_svg}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from typing import TextIO
@@ -11,6 +12,8 @@ from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 
 from engine.metrics import Ema
+
+logger = logging.getLogger("nibble")
 
 REDRAW_SECONDS = 0.2
 PLAIN_SECONDS = 10.0  # off a terminal: at most one line in this time
@@ -70,9 +73,10 @@ class Progress:
             self._rich.refresh()
 
     def note(self, text: str) -> None:
-        """A line of its own that stays, such as a saved checkpoint or an evaluation's score."""
+        """A line of its own that stays (in the log too), such as a saved checkpoint or an evaluation's score."""
         if not self.enabled:
             return
+        logger.info("%s", text)
         if self._rich is None:
             print(text, file=self.stream, flush=True)
         else:

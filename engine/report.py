@@ -53,12 +53,16 @@ def write_final_metrics(path: Path, final: FinalMetrics) -> None:
     write_json(path, {key: _jsonable(value) for key, value in asdict(final).items()})
 
 
-def write_report(path: Path, title: str, final: FinalMetrics, next_commands: Sequence[str]) -> None:
-    """REPORT.md beside the files it names."""
+def write_report(
+    path: Path, title: str, final: FinalMetrics, next_commands: Sequence[str], remarks: Sequence[str] = ()
+) -> None:
+    """REPORT.md beside the files it names. `remarks` are sentences about the data."""
     lines = [f"# {title}", ""]
     if final.accuracy:
         lines += ["Accuracy in percent.", "", *_markdown(_score_rows(final)), ""]
     lines += _markdown([("", ""), *_figures(final)])
+    for remark in remarks:
+        lines += ["", f"{remark}."]
     if (path.parent / "loss.svg").exists():
         lines += ["", "![loss](loss.svg)"]
     present = [(f"[{name}]({name})", text) for name, text in FILES.items() if (path.parent / name).exists()]

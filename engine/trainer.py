@@ -107,12 +107,8 @@ class Trainer:
                 )  # fmt: skip
 
     def _end_epoch(self, epoch: int, progress: Progress) -> None:
-        loader = self.loader
-        if epoch == 0 and loader.truncated:
-            progress.note(
-                f"{len(loader.truncated):,} of {len(loader.dataset):,} samples were cut to --dataset.max_seq_len "
-                f"{self.config.dataset.max_seq_len}; {len(loader.without_target):,} of them have no target left"
-            )
+        for remark in self.loader.remarks if epoch == 0 else ():
+            progress.note(remark)
         if self.ranks.is_main:
             self.on_epoch_end(epoch)
 

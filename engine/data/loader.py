@@ -52,6 +52,17 @@ class StepLoader:
         self.truncated: set[int] = set()  # samples met so far whose end was cut off
         self.without_target: set[int] = set()  # samples met so far that teach nothing: their prompt alone fills them
 
+    @property
+    def remarks(self) -> list[str]:
+        """What a person should know about the samples met so far."""
+        if not self.truncated:
+            return []
+        cut, empty, total = len(self.truncated), len(self.without_target), len(self.dataset)
+        return [
+            f"{cut:,} of {total:,} samples were cut at the end to fit --dataset.max_seq_len; "
+            f"{empty:,} of them have no target left"
+        ]
+
     def packs(self, step: int) -> list[Pack]:
         """This rank's packs of one step.
 

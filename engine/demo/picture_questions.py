@@ -15,32 +15,60 @@ PAIR = {"circle": "red", "square": "blue"}  # the two shapes that are compared w
 PAPER = ("white", "gray", "sand")
 
 COLOR = Kind(
-    subject="natural science", topic="physics", category="Light", skill="Name the color of an object",
-    grades=(1, 3), lecture="An object has the color of its light.",
+    subject="natural science",
+    topic="physics",
+    category="Light",
+    skill="Name the color of an object",
+    grades=(1, 3),
+    lecture="An object has the color of its light.",
 )
 COUNT = Kind(
-    subject="natural science", topic="units and measurement", category="Counting", skill="Count the objects",
-    grades=(1, 4), lecture="Count every object once.",
+    subject="natural science",
+    topic="units and measurement",
+    category="Counting",
+    skill="Count the objects",
+    grades=(1, 4),
+    lecture="Count every object once.",
 )
 SIZE = Kind(
-    subject="natural science", topic="physics", category="Size", skill="Compare the sizes of objects",
-    grades=(2, 6), lecture="Compare how wide they are.",
+    subject="natural science",
+    topic="physics",
+    category="Size",
+    skill="Compare the sizes of objects",
+    grades=(2, 6),
+    lecture="Compare how wide they are.",
 )
 MAP = Kind(
-    subject="social science", topic="geography", category="Maps", skill="Read directions on a map",
-    grades=(3, 8), lecture="On a map north is up.",
+    subject="social science",
+    topic="geography",
+    category="Maps",
+    skill="Read directions on a map",
+    grades=(3, 8),
+    lecture="On a map north is up.",
 )
 CHART = Kind(
-    subject="social science", topic="economics", category="Charts", skill="Read a bar chart",
-    grades=(5, 12), lecture="A taller bar means more.",
+    subject="social science",
+    topic="economics",
+    category="Charts",
+    skill="Read a bar chart",
+    grades=(5, 12),
+    lecture="A taller bar means more.",
 )
 NOUN = Kind(
-    subject="language science", topic="vocabulary", category="Nouns", skill="Name what the picture shows",
-    grades=(1, 5), lecture="A noun names a thing.",
+    subject="language science",
+    topic="vocabulary",
+    category="Nouns",
+    skill="Name what the picture shows",
+    grades=(1, 5),
+    lecture="A noun names a thing.",
 )
 PREPOSITION = Kind(
-    subject="language science", topic="grammar", category="Prepositions", skill="Say where a thing is",
-    grades=(4, 10), lecture="A preposition tells where.",
+    subject="language science",
+    topic="grammar",
+    category="Prepositions",
+    skill="Say where a thing is",
+    grades=(4, 10),
+    lecture="A preposition tells where.",
 )
 
 
@@ -94,7 +122,10 @@ def place(rng: Random) -> Draft:
     dx, dy = PLACES[choices[answer]]
     x, y = (SIDE // 2 + 32 * d + rng.randint(-6, 6) for d in (dx, dy))
     return Draft(
-        kind=MAP, question=f"Where is the {name} on the map?", choices=choices, answer=answer,
+        kind=MAP,
+        question=f"Where is the {name} on the map?",
+        choices=choices,
+        answer=answer,
         solution=f"The {name} is in the {choices[answer]}.",
         scene=Scene("land", marks=(Mark(shape, paint, x, y, rng.randint(9, 14)),)),
     )
@@ -118,8 +149,12 @@ def noun(rng: Random) -> Draft:
     x, y = _cells(rng, 1)[0]
     mark = Mark(choices[answer], rng.choice(list(COLORS)), x, y, rng.randint(10, 15))
     return Draft(
-        kind=NOUN, question="Which word names the shape?", choices=choices, answer=answer,
-        solution=f"The shape is a {choices[answer]}.", scene=Scene(rng.choice(PAPER), marks=(mark,)),
+        kind=NOUN,
+        question="Which word names the shape?",
+        choices=choices,
+        answer=answer,
+        solution=f"The shape is a {choices[answer]}.",
+        scene=Scene(rng.choice(PAPER), marks=(mark,)),
     )
 
 

@@ -142,7 +142,7 @@ def test_an_evaluation_needs_exactly_one_thing_to_evaluate() -> None:
         ("--plan --dry_run", "--dry_run has no effect with --plan"),
         ("--resume auto --adapter.init a.pth", "--adapter.init has no effect with --resume"),
         ("--optim.lr 1e-3 --optim.blr 1e-2", "--optim.blr 0.01 has no effect"),
-        ("--optim.epochs 2", "the peak learning rate is never reached"),
+        ("--data r.json --optim.epochs 2", "the peak learning rate is never reached"),
         ("--train.vision frozen --adapter.vision router_block", "--adapter.vision router_block has no effect"),
         ("--train.language frozen --adapter.language block", "--adapter.language block has no effect"),
         ("--data x.json --dataset.use_caption", "--dataset.use_caption has no effect"),

@@ -149,6 +149,7 @@ def test_defaults_are_lavin_s_without_a_recipe() -> None:
         "model.language": "llama/7B",
         "model.tokenizer": "llama/tokenizer.model",
         "adapter.vision": "normal",
+        "adapter.temperature": 10.0,
         "dataset.format": "scienceqa",
         "dataset.root": "../data",
         "dataset.prompt_format": "CQM-A",
