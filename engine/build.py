@@ -82,7 +82,7 @@ def base_paths(config: Config) -> tuple[Path, Path | None]:
         return folder, Path(config.model.vision) if config.model.vision else folder / "tower"
     folder = Path(config.model.language)
     named = Path(config.model.vision) if config.model.vision else None
-    return folder, named or find_vision(folder) or find_vision(folder.parent)
+    return folder, named or find_vision(folder, folder.parent)
 
 
 def _tokenizer_path(named: str, folder: Path) -> Path:

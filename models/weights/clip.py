@@ -48,13 +48,13 @@ def open_vision(path: str | Path) -> VisionSource:
     )  # fmt: skip
 
 
-def find_vision(weights_root: str | Path) -> Path | None:
-    """A ViT-L/14 in `weights_root` (OpenAI's file, then Hugging Face's folder), in the cache of OpenAI's package, or in
+def find_vision(*folders: str | Path) -> Path | None:
+    """A ViT-L/14 in `folders` (OpenAI's file, then Hugging Face's folder), in the cache of OpenAI's package, or in
     Hugging Face's cache; None where there is none. Nothing is downloaded."""
-    root = Path(weights_root)
     hub = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface") / "hub"
     snapshots = sorted((hub / f"models--openai--{HF_NAME}" / "snapshots").glob("*"))
-    for path in (root / OPENAI_NAME, root / HF_NAME, Path.home() / ".cache" / "clip" / OPENAI_NAME, *snapshots):
+    beside = [Path(folder) / name for folder in folders for name in (OPENAI_NAME, HF_NAME)]
+    for path in (*beside, Path.home() / ".cache" / "clip" / OPENAI_NAME, *snapshots):
         if path.is_file() or (path / "config.json").exists():
             return path
     return None

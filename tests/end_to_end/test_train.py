@@ -148,7 +148,10 @@ def test_a_dry_run_keeps_nothing(world: World, type_train: Train, tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_cut_samples_are_counted(world: World, type_train: Train, capfd: pytest.CaptureFixture[str]) -> None:
+def test_cut_samples_are_counted(
+    world: World, type_train: Train, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert type_train(*world.scienceqa, *SHORT, "--dataset.max_seq_len", "90") == 0
-    told = "24 of 24 samples were cut to --dataset.max_seq_len 90; 0 of them have no target left"
+    told = "24 of 24 samples were cut at the end to fit --dataset.max_seq_len; 0 of them have no target left"
     assert told in capfd.readouterr().err
+    assert told in (tmp_path / "run" / "log.txt").read_text() and told in (tmp_path / "run" / "REPORT.md").read_text()
