@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,33 +79,37 @@ class Trainer:
             Stopped: a signal asked for it; a checkpoint of this very step is written.
             NotFinite: see `train_step`; nothing that was saved is touched.
         """
-        every, save_every = self.config.log.every, self.config.log.save_every or self.steps_per_epoch
         first = self.counters.step
-        prepared = self.loader.steps(first, self.total_steps)
-        for step in range(first, self.total_steps):
-            start = time.perf_counter()
-            packs = next(prepared)
-            waited = time.perf_counter() - start
-            result = self._step(step, packs)
-            seconds = time.perf_counter() - start
-            fields = self._count(step, packs, result, seconds) | {"data_ms": 1000 * waited}
-            done = step + 1
-            progress.update(done, **fields | {"loss": fields["loss_ema"]})
-            if self._due(done, every) or done in (1, self.total_steps):
-                self._log(done, fields)
-            is_best = False
-            if self.validate is not None and (self._due(done, self.config.eval_every) or done == self.total_steps):
-                is_best = self._validate(done, progress)
-            if done % self.steps_per_epoch == 0:
-                self._end_epoch(done // self.steps_per_epoch - 1, progress)
-            stopping = self.ranks.any(stop.stop_requested(), self.device)
-            if self._due(done, save_every) or is_best or stopping or done == self.total_steps:
-                self.save()
-            if stopping and done < self.total_steps:
-                raise Stopped(
-                    f"stopped on request at step {done} of {self.total_steps}", where=str(self.rundir.path),
-                    do="type the same command with --resume auto",
-                )  # fmt: skip
+        with closing(self.loader.steps(first, self.total_steps)) as prepared:  # its threads end with the run
+            for step in range(first, self.total_steps):
+                start = time.perf_counter()
+                packs = next(prepared)
+                waited = time.perf_counter() - start
+                result = self._step(step, packs)
+                seconds = time.perf_counter() - start
+                fields = self._count(step, packs, result, seconds) | {"data_ms": 1000 * waited}
+                self._after_step(step + 1, fields, progress, stop)
+
+    def _after_step(self, done: int, fields: dict[str, float], progress: Progress, stop: StopSignals) -> None:
+        """Logs, validates and saves where it is due; leaves where a signal asked for it."""
+        save_every = self.config.log.save_every or self.steps_per_epoch
+        is_last = done == self.total_steps
+        progress.update(done, **fields | {"loss": fields["loss_ema"]})
+        if self._due(done, self.config.log.every) or done == 1 or is_last:
+            self._log(done, fields)
+        is_best = False
+        if self.validate is not None and (self._due(done, self.config.eval_every) or is_last):
+            is_best = self._validate(done, progress)
+        if done % self.steps_per_epoch == 0:
+            self._end_epoch(done // self.steps_per_epoch - 1, progress)
+        stopping = self.ranks.any(stop.stop_requested(), self.device)
+        if self._due(done, save_every) or is_best or stopping or is_last:
+            self.save()
+        if stopping and not is_last:
+            raise Stopped(
+                f"stopped on request at step {done} of {self.total_steps}", where=str(self.rundir.path),
+                do="type the same command with --resume auto",
+            )  # fmt: skip
 
     def _end_epoch(self, epoch: int, progress: Progress) -> None:
         for remark in self.loader.remarks if epoch == 0 else ():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
@@ -93,7 +93,7 @@ class StepLoader:
             )
         return packs
 
-    def steps(self, first: int, end: int) -> Iterator[list[Pack]]:
+    def steps(self, first: int, end: int) -> Generator[list[Pack], None, None]:
         """The packs of steps first ... end - 1, in order; the next ones are prepared while one is in use. An error
         appears at its own step."""
         if self.num_workers == 0:
