@@ -47,7 +47,7 @@ def sample_lines(sample: Sample, tokenizer: Tokenizer, name: str) -> list[Line]:
     counts = f"{len(sample.input_ids)} tokens, {len(targets)} targets"
     counts += f", {len(slots)} of an image" if slots else ""
     lines: list[Line] = [("head", f"{name}: {counts}{', cut at the end' if sample.truncated else ''}")]
-    begin = 0  # of the text since the last image
+    begin = 0  # of the text since the last image or EOS
     for run, places in groupby(range(len(sample.input_ids)), key=kind):
         positions = list(places)
         start, end = positions[0], positions[-1] + 1
@@ -57,8 +57,9 @@ def sample_lines(sample: Sample, tokenizer: Tokenizer, name: str) -> list[Line]:
         else:
             before = tokenizer.decode(sample.input_ids[begin:start])  # decoded apart, a run would lose its first space
             text = tokenizer.decode(sample.input_ids[begin:end])[len(before) :]
-            text += "</s>" if sample.input_ids[end - 1] == tokenizer.eos_id else ""
-            lines += _text_lines(run, text)
+            ends = sample.input_ids[end - 1] == tokenizer.eos_id
+            lines += _text_lines(run, text + "</s>" * ends)
+            begin = end if ends else begin
     return lines
 
 
