@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-all lint verify-real clean
+.PHONY: demo test lint verify-real clean
 
 # Train the embedded demo in 4 bits, evaluate it, then ask it about a picture that it has not seen.
 demo: $(VENV)/.runtime
@@ -13,9 +13,6 @@ demo: $(VENV)/.runtime
 	$(BIN)/python -m scripts.demo_answer --run runs/demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow"
-
-test-all: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.dev

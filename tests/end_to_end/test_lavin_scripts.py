@@ -113,7 +113,6 @@ SCRIPTS = {
         num_samples=NUM_CHAT,
     ),
 }
-IN_MAKE_TEST = ("finetuning_sqa_7b_lite.sh", "finetuning_sqa_7b.sh")
 
 
 @pytest.fixture(scope="module")
@@ -154,9 +153,7 @@ def with_free_port(line: str) -> str:
     return line.replace("torchrun", f"torchrun --master_port {free}", 1)
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in IN_MAKE_TEST else pytest.param(name, marks=pytest.mark.slow) for name in SCRIPTS]
-)
+@pytest.mark.parametrize("name", list(SCRIPTS))
 def test_script(name: str, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     script = SCRIPTS[name]
     train_line, eval_line = script.lines
