@@ -12,6 +12,7 @@ to do (a command to type where there is one). None of them shows a traceback unl
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -134,6 +135,9 @@ def run_command(main: Callable[[list[str]], int | None], argv: Sequence[str] | N
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has left, as `head` does: nothing is wrong, nobody listens
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it flushes at exit
+        return 0
     except (NibbleError, ValueError, RuntimeError, OSError, MemoryError) as error:
         known = as_nibble_error(error)
         if known is None:

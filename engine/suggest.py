@@ -5,9 +5,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+# What other trainers call it.
+ALIASES = {
+    "learning_rate": "optim.lr", "num_train_epochs": "optim.epochs", "per_device_train_batch_size": "optim.batch_size",
+    "gradient_accumulation_steps": "optim.accum_iter", "max_grad_norm": "optim.clip_grad",
+    "model_max_length": "dataset.max_seq_len", "warmup_ratio": "optim.warmup_epochs",
+}  # fmt: skip
+
 
 def closest(name: str, known: Iterable[str]) -> str | None:
-    """The most similar known name, or None where nothing is similar.
+    """The most similar known name, or the one that means what another trainer calls so; None where nothing is similar.
 
     A name without its group ("lr") is compared with the last part of the paths too, so that it finds "optim.lr".
     """
@@ -16,8 +23,9 @@ def closest(name: str, known: Iterable[str]) -> str | None:
     exact = by_last.get(name.rpartition(".")[2])
     if exact is not None:
         return exact
-    close = difflib.get_close_matches(name, [*paths, *by_last], n=1, cutoff=0.6)
-    return by_last.get(close[0], close[0]) if close else None
+    also = {alias: path for alias, path in ALIASES.items() if path in paths}
+    close = difflib.get_close_matches(name, [*paths, *by_last, *also], n=1, cutoff=0.6)
+    return by_last.get(close[0], also.get(close[0], close[0])) if close else None
 
 
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:

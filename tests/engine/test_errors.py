@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -128,3 +131,12 @@ def test_interrupt_ends_with_the_code_of_the_shell(capsys: pytest.CaptureFixture
 def test_code_of_main_is_passed_on_and_none_means_success() -> None:
     assert errors.run_command(lambda argv: 3, []) == 3
     assert errors.run_command(lambda argv: None, []) == 0
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    """`train.py --help | head -1`."""
+    line = [sys.executable, str(Path(__file__).parents[2] / "train.py"), "--help"]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait() == 0

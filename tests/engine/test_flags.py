@@ -74,6 +74,7 @@ def test_values_keep_their_text() -> None:
         ("--optim.lrr 1", ("unknown flag --optim.lrr", "did you mean --optim.lr?")),
         ("--lr 1e-3", ("unknown flag --lr", "LaVIN", "did you mean --optim.lr?")),
         ("--batch-size 1", ("unknown flag --batch-size", "did you mean --optim.batch_size?")),
+        ("--lerning_rate 1", ("unknown flag --lerning_rate", "did you mean --optim.lr?")),
         ("--imge_folder p", ("did you mean --image_folder?",)),
         ("--zzzzzz 1", ("unknown flag --zzzzzz", "--help")),
         ("--bits 5bit", ("--bits is '5bit'", "4bit", "8bit", "16bit")),
