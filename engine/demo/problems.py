@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -60,7 +61,18 @@ def write_demo_data(
 ) -> None:  # fmt: skip
     """Write the demo's problems to `root` in ScienceQA's layout; the same arguments give the same files."""
     counts = {"train": num_train, "val": num_val, "test": num_test}
-    write_scienceqa(root, {split: drafts(split, seed, count) for split, count in counts.items()}, seed)
+    splits = {split: drafts(split, seed, count) for split, count in counts.items()}
+    write_scienceqa(root, {split: _some_without_hint(found) for split, found in splits.items()}, seed)
+
+
+def _some_without_hint(found: Sequence[Draft]) -> list[Draft]:
+    """Every fourth text-only problem tells in its question what the others tell in their hint."""
+    told = [draft for draft in found if draft.hint]
+    moved = {id(draft) for draft in told[::4]}
+    return [
+        replace(draft, question=f"{draft.hint} {draft.question}", hint="") if id(draft) in moved else draft
+        for draft in found
+    ]
 
 
 def write_scienceqa(root: Path, splits: Mapping[str, Sequence[Draft]], seed: int) -> None:
