@@ -1,23 +1,29 @@
-"""Where it is decided which implementation of an op runs, and with which launch configuration.
+"""Where it is decided which implementation of an op runs, and where every Triton kernel is launched.
 
 ``auto`` takes Triton for CUDA tensors and the plain-torch reference otherwise; with TRITON_INTERPRET=1 Triton also runs
 on CPU tensors (slowly: it is how the kernels are tested without a GPU).
 
 An explicit choice holds for every op that has this backend, and never falls back: where the backend cannot run, that is
 an error. An op that has no such implementation runs what it has, and its line in the log says so.
+
+A launcher asks `launch` for its configuration (the table is in kernels/launches.py) and launches through `run`, so that
+what a kernel is given can be recorded: python -m kernels.compile and python -m kernels.traffic live on that.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, ParamSpec, TypeVar, cast, get_args
+from functools import cache
+from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
+
+from kernels.launches import LAUNCHES, Launch
 
 Backend = Literal["auto", "triton", "cuda", "reference"]
 
@@ -36,49 +42,31 @@ class BackendError(ValueError):
     """The backend that was chosen explicitly cannot run here."""
 
 
+class Kernel(Protocol):
+    """A function under @triton.jit, compiled or interpreted."""
+
+    arg_names: list[str]
+    __name__: str
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]: ...
+
+
+# Called with what `run` would launch: kernel, grid, configuration, arguments, constants.
+Recorder = Callable[[Kernel, tuple[int, ...], Launch, tuple[object, ...], dict[str, object]], None]
+
+
 @dataclass(frozen=True, slots=True)
-class Launch:
-    """Launch configuration of one kernel for one shape class."""
+class Primitive:
+    """An op that launches kernels: `op` through torch's dispatcher, `launcher` without it."""
 
-    rows: int  # tokens of a tile
-    cols: int  # channels of a tile; kernels that hold whole rows need a power of two >= the channel count
-    warps: int
-    chunk: int = 0  # tokens that one program sums over, a multiple of rows (kernels that reduce over tokens)
+    op: Callable[..., Any]
+    launcher: Callable[..., Any]
 
 
-# kernel -> (largest channel count of the class, configuration), in ascending order. The one place to tune.
-LAUNCHES: dict[str, tuple[tuple[int, Launch], ...]] = {
-    "rms_norm_forward": (
-        (128, Launch(rows=16, cols=128, warps=4)),
-        (1024, Launch(rows=4, cols=1024, warps=4)),
-        (4096, Launch(rows=1, cols=4096, warps=8)),
-        (8192, Launch(rows=1, cols=8192, warps=8)),
-        (16384, Launch(rows=1, cols=16384, warps=16)),
-    ),
-    "rms_norm_backward": (
-        (128, Launch(rows=16, cols=128, warps=4)),
-        (1024, Launch(rows=4, cols=1024, warps=4)),
-        (4096, Launch(rows=1, cols=4096, warps=8)),
-        (8192, Launch(rows=1, cols=8192, warps=16)),
-        (16384, Launch(rows=1, cols=16384, warps=16)),
-    ),
-    "rms_norm_dweight": ((1 << 30, Launch(rows=32, cols=128, warps=4, chunk=256)),),
-    "norm_mma_forward": (
-        (64, Launch(rows=16, cols=64, warps=4)),
-        (1 << 30, Launch(rows=16, cols=128, warps=4)),
-    ),
-    "norm_mma_backward": (
-        (64, Launch(rows=16, cols=64, warps=4)),
-        (1 << 30, Launch(rows=16, cols=128, warps=4)),
-    ),
-    "norm_mma_dadapter": (
-        (64, Launch(rows=32, cols=64, warps=4, chunk=256)),
-        (1 << 30, Launch(rows=32, cols=128, warps=4, chunk=256)),
-    ),
-    "norm_mma_dmix": ((1 << 30, Launch(rows=512, cols=16, warps=4)),),  # cols: router rows
-    "bias_act_forward": ((1 << 30, Launch(rows=16, cols=128, warps=4)),),
-    "bias_act_backward": ((1 << 30, Launch(rows=16, cols=128, warps=4, chunk=64)),),
-}
+PRIMITIVES: dict[str, Primitive] = {}  # by name, in order of import
+
+_recorders: list[Recorder] = []
+_targets: list[int] = []  # cards of `as_on_card`
 
 
 def set_backend(name: str) -> str:
@@ -137,12 +125,79 @@ def decisions() -> dict[str, str]:
     return dict(_decisions)
 
 
-def launch(kernel: str, channels: int) -> Launch:
-    """Configuration of `kernel` for rows of `channels` elements."""
-    for largest, configuration in LAUNCHES[kernel]:
-        if channels <= largest:
-            return configuration
-    raise ValueError(f"{kernel} takes at most {LAUNCHES[kernel][-1][0]} channels, got {channels}")
+def launch(kernel: str, size: int, x: Tensor) -> Launch:
+    """Configuration of `kernel` on the card of `x`, for rows of `size` channels.
+
+    Raises ValueError for rows that are too wide.
+    """
+    card = _card(x)
+    for choice in LAUNCHES[kernel]:
+        if size <= choice.largest and (not choice.cards or card in choice.cards):
+            return choice.launch
+    raise ValueError(f"{kernel} takes at most {LAUNCHES[kernel][-1].largest} channels, got {size}")
+
+
+def run(kernel: Kernel, grid: tuple[int, ...], config: Launch, *args: object, **constants: object) -> None:
+    """Launch `kernel` on the device of the first argument, a tensor; an empty grid launches nothing.
+
+    `config` sets warps, stages and those of ROWS, COLS, INNER and CHUNK that the kernel has.
+    """
+    if 0 in grid:
+        return
+    for name in _tile_names(cast(Hashable, kernel)):
+        constants[name] = getattr(config, name.lower())
+    for recorder in _recorders:
+        recorder(kernel, grid, config, args, constants)
+    if _targets:
+        return
+    first = cast(Tensor, args[0])
+    with _on_device(first):
+        kernel[grid](*args, **constants, num_warps=config.warps, num_stages=config.stages)
+
+
+@cache
+def _tile_names(kernel: Any) -> tuple[str, ...]:
+    return tuple(name for name in ("ROWS", "COLS", "INNER", "CHUNK") if name in kernel.arg_names)
+
+
+@contextmanager
+def recording(recorder: Recorder) -> Iterator[None]:
+    """Calls `recorder` before each launch."""
+    _recorders.append(recorder)
+    try:
+        yield
+    finally:
+        _recorders.remove(recorder)
+
+
+@contextmanager
+def as_on_card(card: int) -> Iterator[None]:
+    """Launchers choose as they would on a card of this compute capability (90), and launch nothing."""
+    _targets.append(card)
+    try:
+        yield
+    finally:
+        _targets.remove(card)
+
+
+def _card(x: Tensor) -> int:
+    """Compute capability as in LAUNCHES; 0 for the interpreter, which takes the choices for all cards."""
+    if _targets:
+        return _targets[-1]
+    return _capability(x.device.index) if x.is_cuda else 0
+
+
+@cache
+def _capability(index: int | None) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def _on_device(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device; this makes it that of `x`."""
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)
 
 
 def primitive(schema: str, fake: Callable[..., R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -158,14 +213,11 @@ def primitive(schema: str, fake: Callable[..., R]) -> Callable[[Callable[P, R]],
         torch.library.define(f"nibble::{name}", f"({signature}", tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.impl(f"nibble::{name}", "default")(launcher)
         torch.library.register_fake(f"nibble::{name}")(fake)
-        return cast(Callable[P, R], getattr(torch.ops.nibble, name).default)
+        op = cast(Callable[P, R], getattr(torch.ops.nibble, name).default)
+        PRIMITIVES[name] = Primitive(op=op, launcher=launcher)
+        return op
 
     return register
-
-
-def device_of(x: Tensor) -> AbstractContextManager[object]:
-    """Context in which a Triton launch goes to the device of `x` (Triton launches on the current one)."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def unit_stride(x: Tensor) -> Tensor:

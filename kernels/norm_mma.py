@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels import norm_mma_kernels
-from kernels.dispatch import choose, device_of, launch, primitive, unit_stride, wide
+from kernels.dispatch import choose, launch, primitive, run, unit_stride, wide
 from kernels.dropout import keep_mask, threshold
 from kernels.layer_norm import layer_norm_reference
 from kernels.rms_norm import rms_norm_reference
@@ -107,15 +107,33 @@ def norm_mma_forward(
     """x with unit last stride, all else contiguous -> y [T, D], mean [T] (RMSNorm: [0]), rstd [T], u [T, h] fp32."""
     y, mean, rstd, u = _forward_outputs(x, norm_weight, norm_bias, eps, adapter)
     tokens, channels = x.shape
-    config = launch("norm_mma_forward", channels)
+    config = launch("norm_mma_forward", channels, x)
     seed, limit, kept_scale = _dropout(dropout, seed)
-    if tokens > 0:
-        with device_of(x):
-            norm_mma_kernels.norm_mma_forward_kernel[(triton.cdiv(tokens, config.rows),)](
-                x, norm_weight, norm_bias, *adapter, mix, row, seed, y, mean, rstd, u,
-                x.stride(0), tokens, channels, eps, scale, site, limit, kept_scale,
-                ROWS=config.rows, COLS=config.cols, num_warps=config.warps, **_codes(adapter, x),
-            )  # fmt: skip
+    run(
+        norm_mma_kernels.norm_mma_forward_kernel,
+        (triton.cdiv(tokens, config.rows),),
+        config,
+        x,
+        norm_weight,
+        norm_bias,
+        *adapter,
+        mix,
+        row,
+        seed,
+        y,
+        mean,
+        rstd,
+        u,
+        x.stride(0),
+        tokens,
+        channels,
+        eps,
+        scale,
+        site,
+        limit,
+        kept_scale,
+        **_codes(adapter, x),
+    )
     return y, mean, rstd, u
 
 
@@ -152,16 +170,38 @@ def norm_mma_backward(
     """-> dx [T, D], du [T, 2h] fp32 (of the two copies of the code), dm [T, 2] fp32."""
     dx, du, dm = _backward_outputs(dy, x, norm_weight, adapter)
     tokens, channels = x.shape
-    config = launch("norm_mma_backward", channels)
+    config = launch("norm_mma_backward", channels, x)
     seed, limit, kept_scale = _dropout(dropout, seed)
     down_w, _, *ups = adapter
-    if tokens > 0:
-        with device_of(x):
-            norm_mma_kernels.norm_mma_backward_kernel[(triton.cdiv(tokens, config.rows),)](
-                dy, x, norm_weight, down_w, *ups, mix, row, seed, mean, rstd, u, dx, du, dm,
-                dy.stride(0), x.stride(0), tokens, channels, scale, site, limit, kept_scale, LAYER_NORM=layer_norm,
-                ROWS=config.rows, COLS=config.cols, num_warps=config.warps, **_codes(adapter, x),
-            )  # fmt: skip
+    run(
+        norm_mma_kernels.norm_mma_backward_kernel,
+        (triton.cdiv(tokens, config.rows),),
+        config,
+        dy,
+        x,
+        norm_weight,
+        down_w,
+        *ups,
+        mix,
+        row,
+        seed,
+        mean,
+        rstd,
+        u,
+        dx,
+        du,
+        dm,
+        dy.stride(0),
+        x.stride(0),
+        tokens,
+        channels,
+        scale,
+        site,
+        limit,
+        kept_scale,
+        LAYER_NORM=layer_norm,
+        **_codes(adapter, x),
+    )
     return dx, du, dm
 
 
@@ -192,16 +232,31 @@ def norm_mma_dadapter(
 ) -> Tensor:
     """-> gradients of the adapter's parameters, flattened, in their order; fp32."""
     tokens, channels = x.shape
-    config = launch("norm_mma_dadapter", channels)
+    config = launch("norm_mma_dadapter", channels, x)
     chunks = triton.cdiv(tokens, config.chunk)
     partial = u.new_empty(chunks, sum(parameter.numel() for parameter in adapter))
-    if tokens > 0:
-        with device_of(x):
-            norm_mma_kernels.norm_mma_dadapter_kernel[(triton.cdiv(channels, config.cols), chunks)](
-                dy, x, norm_weight, norm_bias, mix, row, mean, rstd, u, du, partial,
-                dy.stride(0), x.stride(0), tokens, channels, scale,
-                ROWS=config.rows, COLS=config.cols, CHUNK=config.chunk, num_warps=config.warps, **_codes(adapter, x),
-            )  # fmt: skip
+    run(
+        norm_mma_kernels.norm_mma_dadapter_kernel,
+        (triton.cdiv(channels, config.cols), chunks),
+        config,
+        dy,
+        x,
+        norm_weight,
+        norm_bias,
+        mix,
+        row,
+        mean,
+        rstd,
+        u,
+        du,
+        partial,
+        dy.stride(0),
+        x.stride(0),
+        tokens,
+        channels,
+        scale,
+        **_codes(adapter, x),
+    )
     return partial.sum(0)
 
 
@@ -213,11 +268,17 @@ def _dmix_outputs(dm: Tensor, row: Tensor, router_rows: int) -> Tensor:
 def norm_mma_dmix(dm: Tensor, row: Tensor, router_rows: int) -> Tensor:
     """dm [T, 2], row [T] -> [R, 2]: the sum over the tokens of each router row."""
     dmix = _dmix_outputs(dm, row, router_rows)
-    config = launch("norm_mma_dmix", router_rows)
-    with device_of(dm):
-        norm_mma_kernels.norm_mma_dmix_kernel[(triton.cdiv(router_rows, config.cols),)](
-            dm, row, dmix, dm.shape[0], router_rows, ROWS=config.rows, COLS=config.cols, num_warps=config.warps
-        )
+    config = launch("norm_mma_dmix", router_rows, dm)
+    run(
+        norm_mma_kernels.norm_mma_dmix_kernel,
+        (triton.cdiv(router_rows, config.cols),),
+        config,
+        dm,
+        row,
+        dmix,
+        dm.shape[0],
+        router_rows,
+    )
     return dmix
 
 

@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.dispatch import choose, device_of, launch, primitive, wide
+from kernels.dispatch import choose, launch, primitive, run, wide
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu"]
 
@@ -131,13 +131,18 @@ def bias_act_forward(z: Tensor, bias: Tensor, activation: str) -> Tensor:
     """z [N, H], bias [H], both contiguous -> act(z + bias) in z's dtype."""
     a = _forward_outputs(z, bias, activation)
     tokens, channels = z.shape
-    config = launch("bias_act_forward", channels)
-    if tokens > 0:
-        with device_of(z):
-            bias_act_forward_kernel[(triton.cdiv(tokens, config.rows), triton.cdiv(channels, config.cols))](
-                z, bias, a, tokens, channels,
-                ACT=activation, ROWS=config.rows, COLS=config.cols, num_warps=config.warps,
-            )  # fmt: skip
+    config = launch("bias_act_forward", channels, z)
+    run(
+        bias_act_forward_kernel,
+        (triton.cdiv(tokens, config.rows), triton.cdiv(channels, config.cols)),
+        config,
+        z,
+        bias,
+        a,
+        tokens,
+        channels,
+        ACT=activation,
+    )
     return a
 
 
@@ -153,15 +158,23 @@ def bias_act_backward(da: Tensor, z: Tensor, bias: Tensor, activation: str) -> t
     """da, z [N, H], bias [H], all contiguous -> dz [N, H], a [N, H], dbias [H] fp32."""
     dz, a = z.new_empty(z.shape), z.new_empty(z.shape)
     tokens, channels = z.shape
-    config = launch("bias_act_backward", channels)
+    config = launch("bias_act_backward", channels, z)
     chunks = triton.cdiv(tokens, config.chunk)
     partial = z.new_empty(chunks, channels, dtype=torch.float32)
-    if tokens > 0:
-        with device_of(z):
-            bias_act_backward_kernel[(chunks, triton.cdiv(channels, config.cols))](
-                da, z, bias, dz, a, partial, tokens, channels,
-                ACT=activation, ROWS=config.rows, COLS=config.cols, CHUNK=config.chunk, num_warps=config.warps,
-            )  # fmt: skip
+    run(
+        bias_act_backward_kernel,
+        (chunks, triton.cdiv(channels, config.cols)),
+        config,
+        da,
+        z,
+        bias,
+        dz,
+        a,
+        partial,
+        tokens,
+        channels,
+        ACT=activation,
+    )
     return dz, a, partial.sum(0)
 
 

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.dispatch import choose, device_of, launch, primitive, unit_stride, wide
+from kernels.dispatch import choose, launch, primitive, run, unit_stride, wide
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -124,13 +124,9 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Ten
     """x [T, D] with unit last stride, weight [D] contiguous -> y [T, D], rstd [T] fp32."""
     y, rstd = _forward_outputs(x, weight, eps)
     tokens, channels = x.shape
-    config = launch("rms_norm_forward", channels)
-    if tokens > 0:
-        with device_of(x):
-            rms_norm_forward_kernel[(triton.cdiv(tokens, config.rows),)](
-                x, weight, y, rstd, x.stride(0), tokens, channels, eps,
-                ROWS=config.rows, COLS=config.cols, num_warps=config.warps,
-            )  # fmt: skip
+    config = launch("rms_norm_forward", channels, x)
+    grid = (triton.cdiv(tokens, config.rows),)
+    run(rms_norm_forward_kernel, grid, config, x, weight, y, rstd, x.stride(0), tokens, channels, eps)
     return y, rstd
 
 
@@ -143,13 +139,11 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Te
     """dy, x [T, D] with unit last stride, rstd of the forward -> dx [T, D]."""
     dx = _backward_outputs(dy, x, weight, rstd)
     tokens, channels = x.shape
-    config = launch("rms_norm_backward", channels)
-    if tokens > 0:
-        with device_of(x):
-            rms_norm_backward_kernel[(triton.cdiv(tokens, config.rows),)](
-                dy, x, weight, rstd, dx, dy.stride(0), x.stride(0), tokens, channels,
-                ROWS=config.rows, COLS=config.cols, num_warps=config.warps,
-            )  # fmt: skip
+    config = launch("rms_norm_backward", channels, x)
+    run(
+        rms_norm_backward_kernel, (triton.cdiv(tokens, config.rows),), config,
+        dy, x, weight, rstd, dx, dy.stride(0), x.stride(0), tokens, channels,
+    )  # fmt: skip
     return dx
 
 
@@ -161,15 +155,13 @@ def _dweight_outputs(dy: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
 def rms_norm_dweight(dy: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
     """dy, x [T, D] with unit last stride, rstd of the forward -> dweight [D] fp32."""
     tokens, channels = x.shape
-    config = launch("rms_norm_dweight", channels)
+    config = launch("rms_norm_dweight", channels, x)
     chunks = triton.cdiv(tokens, config.chunk)
     partial = x.new_empty(chunks, channels, dtype=torch.float32)
-    if tokens > 0:
-        with device_of(x):
-            rms_norm_dweight_kernel[(triton.cdiv(channels, config.cols), chunks)](
-                dy, x, rstd, partial, dy.stride(0), x.stride(0), tokens, channels,
-                ROWS=config.rows, COLS=config.cols, CHUNK=config.chunk, num_warps=config.warps,
-            )  # fmt: skip
+    run(
+        rms_norm_dweight_kernel, (triton.cdiv(channels, config.cols), chunks), config,
+        dy, x, rstd, partial, dy.stride(0), x.stride(0), tokens, channels,
+    )  # fmt: skip
     return partial.sum(0)
 
 

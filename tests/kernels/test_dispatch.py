@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from kernels import dispatch
-from kernels.dispatch import LAUNCHES, BackendError, choose, decisions, launch, record, set_backend, unit_stride
+from kernels.dispatch import BackendError, as_on_card, choose, decisions, launch, record, set_backend, unit_stride
+from kernels.launches import LAUNCHES, Choice, Launch
 
 BOTH = ("triton", "reference")
 CUDA = ("cuda", "reference")
@@ -117,25 +118,29 @@ def test_a_decision_is_logged_once_with_its_reason(caplog: pytest.LogCaptureFixt
 
 
 def test_the_launch_table_is_well_formed() -> None:
-    for kernel, classes in LAUNCHES.items():
-        assert [largest for largest, _ in classes] == sorted({largest for largest, _ in classes}), kernel
-        for largest, config in classes:
+    for kernel, choices in LAUNCHES.items():
+        assert choices[-1].cards == (), kernel
+        for choice in choices:
+            config = choice.launch
             for size in (config.rows, config.cols, config.warps):
                 assert size > 0, kernel
                 assert size & (size - 1) == 0, f"{kernel}: {size} is no power of two"
             assert config.chunk % config.rows == 0, kernel
-            if kernel in ("rms_norm_forward", "rms_norm_backward"):  # hold whole rows
-                assert config.cols >= largest, kernel
+        for card in (0, 80, 86, 89, 90, 120):
+            sizes = [c.largest for c in choices if not c.cards or card in c.cards]
+            assert sizes == sorted(sizes), f"{kernel}: a choice for sm_{card} is never reached"
 
 
-def test_launch_takes_the_smallest_class_that_fits() -> None:
-    for kernel, classes in LAUNCHES.items():
-        for i, (largest, config) in enumerate(classes):
-            assert launch(kernel, largest) == config
-            if i + 1 < len(classes):
-                assert launch(kernel, largest + 1) == classes[i + 1][1]
-    with pytest.raises(ValueError, match="at most 16384 channels, got 16385"):
-        launch("rms_norm_forward", 16385)
+def test_launch_takes_the_smallest_class_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large, hopper = Launch(1, 64, 4), Launch(1, 128, 4), Launch(1, 64, 8)
+    choices = (Choice(64, hopper, cards=(90,)), Choice(64, small), Choice(128, large))
+    monkeypatch.setitem(LAUNCHES, "some_kernel", choices)
+    x = torch.zeros(1)
+    assert [launch("some_kernel", size, x) for size in (1, 64, 65, 128)] == [small, small, large, large]
+    with as_on_card(90):
+        assert launch("some_kernel", 64, x) == hopper
+    with pytest.raises(ValueError, match="at most 128 channels, got 129"):
+        launch("some_kernel", 129, x)
 
 
 def test_unit_stride_copies_only_where_it_must() -> None:
