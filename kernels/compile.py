@@ -126,16 +126,19 @@ def _resources(
         return Resources(name, label, dtype, width, arch, warps, 0, 0, 0, text)
     registers, spills = _usage(compiled.asm["cubin"])
     shared = compiled.metadata.shared
-    problem = ""
-    if shared > 1024 * SHARED_LIMIT[arch]:
-        problem = f"shared memory over the {SHARED_LIMIT[arch]} KiB of the card"
-    elif spills and name not in COMPUTE_BOUND:
-        problem = "spills, though bound by memory"
-    elif "__nv_" in compiled.asm["llir"]:
-        problem = "calls libdevice"
-    elif "double" in compiled.asm["llir"]:
-        problem = "computes in fp64"
+    problem = problem_of(name, arch, spills, shared, compiled.asm["llir"])
     return Resources(name, label, dtype, width, arch, warps, registers, spills, shared, problem)
+
+
+def problem_of(kernel: str, arch: int, spills: int, shared: int, llir: str) -> str:
+    """What is wrong with a compiled kernel; empty where nothing is. Bytes; `llir` is its LLVM code."""
+    if shared > 1024 * SHARED_LIMIT[arch]:
+        return f"shared memory over the {SHARED_LIMIT[arch]} KiB of the card"
+    if spills and kernel not in COMPUTE_BOUND:
+        return "spills, though bound by memory"
+    if "__nv_" in llir:
+        return "calls libdevice"
+    return "computes in fp64" if "double" in llir else ""
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
@@ -175,9 +178,10 @@ def options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     flags = parser.parse_args(argv)
-    flags.arch = tuple(int(arch) for arch in flags.arch.split(",") if arch.isdecimal())
-    if not flags.arch or not set(flags.arch) <= set(ARCHS):
-        parser.error(f"--arch takes numbers of {', '.join(map(str, ARCHS))}, separated by commas")
+    known = {str(arch): arch for arch in ARCHS}
+    if not all(arch in known for arch in flags.arch.split(",")):
+        parser.error(f"--arch takes numbers of {', '.join(known)}, separated by commas; got {flags.arch!r}")
+    flags.arch = tuple(known[arch] for arch in flags.arch.split(","))
     if flags.only is not None and flags.only not in samples.ops():
         parser.error(f"--only takes one of {', '.join(samples.ops())}; got {flags.only!r}")
     return flags

@@ -28,7 +28,26 @@ def test_every_kernel_compiles_within_its_card(tmp_path: Path) -> None:
     assert all(row["registers"] > 0 for row in rows)
 
 
-def test_a_card_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        compiler.options(["--arch", "42"])
-    assert "80, 86, 89, 90, 120" in capsys.readouterr().err
+def test_a_card_or_op_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv, accepted in ((["--arch", "80,42"], "80, 86, 89, 90, 120"), (["--only", "dance"], "rms_norm")):
+        with pytest.raises(SystemExit, match="2"):
+            compiler.options(argv)
+        assert accepted in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kernel", "arch", "spills", "shared", "code", "problem"),
+    [
+        ("rms_norm_forward", 86, 0, 99 * 1024, "float", ""),
+        ("rms_norm_forward", 86, 0, 99 * 1024 + 1, "float", "over the 99 KiB"),
+        ("rms_norm_forward", 80, 0, 163 * 1024, "float", ""),
+        ("rms_norm_forward", 80, 8, 0, "float", "spills"),
+        ("norm_mma_dadapter", 80, 8, 0, "float", ""),
+        ("rms_norm_forward", 90, 0, 0, "call @__nv_erff", "libdevice"),
+        ("rms_norm_forward", 90, 0, 0, "fmul double", "fp64"),
+    ],
+)
+def test_what_is_a_problem(kernel: str, arch: int, spills: int, shared: int, code: str, problem: str) -> None:
+    found = compiler.problem_of(kernel, arch, spills, shared, code)
+    assert problem in found
+    assert bool(found) == bool(problem)
