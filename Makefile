@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint verify-real clean
+.PHONY: demo test lint compile-all benchmarks verify-real clean
 
 # Train the embedded demo in 4 bits, evaluate it, then ask it about a picture that it has not seen.
 demo: $(VENV)/.runtime
@@ -19,6 +19,15 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Compile every kernel for every card, dtype and width without a GPU; fails on a spill or too much shared memory.
+compile-all: $(VENV)/.runtime
+	$(BIN)/python -m kernels.compile --all --arch 80,86,89,90,120
+
+# GPU tests, then every benchmark, then benchmarks/README.md; needs a CUDA GPU.
+benchmarks: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.suite
+	$(BIN)/python -m benchmarks.report
 
 # Score a published adapter on the real weights and compare with its published figure:
 # make verify-real ARGS="--model 7b-lite --llama_model_path W/ --data_root D/ --adapter_path A.pth"

@@ -38,10 +38,11 @@ class Ranks:
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """DDP when there are several ranks. Every rank's last pack of a step touches every parameter (the loader adds
-        a dummy tile where no image is), so nothing has to be searched for."""
+        a dummy tile where no image is), so nothing has to be searched for. Gradients are views of the optimiser's
+        buffers, and stay there."""
         if self.world == 1:
             return model
-        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+        return DistributedDataParallel(model)
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum of a tensor over ranks, on every rank (in place)."""

@@ -17,17 +17,21 @@ from torch import Tensor
 from triton import TritonError
 
 from kernels import dispatch
+from kernels.activation import bias_act, bias_act_reference
+from kernels.adamw import adamw, adamw_reference
 from kernels.attention import varlen_attention, varlen_attention_reference
 from kernels.int8 import Int8Tensor, linear_int8, quantize_int8
-from kernels.layer_norm import layer_norm, layer_norm_reference
+from kernels.layer_norm import add_layer_norm, layer_norm, layer_norm_reference
+from kernels.linear_act import linear_act, linear_act_reference
 from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from kernels.linear_nf4 import linear_nf4
+from kernels.lora_linear import lora_linear, lora_linear_reference
 from kernels.nf4 import BLOCK, BLOCK2, LEVELS, NF4Tensor, dequantize_nf4, dynamic_map, quantize_nf4
 from kernels.norm_mma import norm_mma, norm_mma_reference
 from kernels.projector import projector_mlp, projector_mlp_reference
-from kernels.rms_norm import rms_norm, rms_norm_reference
+from kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_reference
 from kernels.rope import rope, rope_reference, rope_table
-from kernels.swiglu import swiglu, swiglu_reference
+from kernels.swiglu import swiglu, swiglu_packed, swiglu_reference
 
 # Of rounded inputs and sums over some hundred of them; a wrong kernel is wrong by about 1.
 ALLOWED = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -142,8 +146,18 @@ def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
         op=lambda x, w: rms_norm(x, w, EPS), formula=lambda x, w: rms_norm_reference(x, w, EPS),
     )  # fmt: skip
     yield Case(
-        name="layer_norm", trained=(draw(T, D),), fixed=(draw32(D), draw32(D)),
+        name="add_rms_norm", trained=(draw(T, D), draw(T, D)), fixed=(draw(D),), decided_as="rms_norm",
+        op=lambda x, delta, w: torch.cat(add_rms_norm(x, delta, w, EPS)),
+        formula=lambda x, delta, w: torch.cat((x + delta, rms_norm_reference(x + delta, w, EPS))),
+    )  # fmt: skip
+    yield Case(
+        name="layer_norm", trained=(draw(T, D), draw32(D), draw32(D)),
         op=lambda x, w, b: layer_norm(x, w, b, EPS), formula=lambda x, w, b: layer_norm_reference(x, w, b, EPS),
+    )  # fmt: skip
+    yield Case(
+        name="add_layer_norm", trained=(draw(T, D), draw(T, D)), fixed=(draw32(D), draw32(D)), decided_as="layer_norm",
+        op=lambda x, delta, w, b: torch.cat(add_layer_norm(x, delta, w, b, EPS, branches=2)),
+        formula=lambda x, delta, w, b: torch.cat((x + delta, *2 * (layer_norm_reference(x + delta, w, b, EPS),))),
     )  # fmt: skip
     adapter = (draw32(H, D), draw32(H), draw32(D, H // 2), draw32(D), draw32(D, H // 2), draw32(D))
     mix, row, seed = draw32(2, 2).softmax(-1), torch.arange(T) % 2, torch.tensor([7])
@@ -169,6 +183,15 @@ def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
         decided_as="norm_mma",
     )  # fmt: skip
     yield Case(
+        name="activation", trained=(draw(T, D), draw32(D)), decided_as="bias_act",
+        op=lambda z, b: bias_act(z, b, "gelu"), formula=lambda z, b: bias_act_reference(z, b, "gelu"),
+    )  # fmt: skip
+    yield Case(
+        name="linear_act", trained=(draw(T, D), draw(128, D), draw32(128)),
+        op=lambda x, w, b: linear_act(x, w, b, "quick_gelu", own=True),
+        formula=lambda x, w, b: linear_act_reference(x, w, b, "quick_gelu"),
+    )  # fmt: skip
+    yield Case(
         name="projector_mlp", trained=(draw(T, D), draw32(128, D), draw32(128), draw32(40, 128), draw32(40)),
         op=lambda x, w1, b1, w2, b2: projector_mlp(x, w1, b1, w2, b2, "silu"),
         formula=lambda x, w1, b1, w2, b2: projector_mlp_reference(x, w1, b1, w2, b2, "silu"),
@@ -179,7 +202,17 @@ def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
         op=lambda q, k, cos, sin, at: torch.cat(rope(q, k, cos, sin, at, interleaved=True), dim=1),
         formula=lambda q, k, cos, sin, at: rope_reference(torch.cat((q, k), dim=1), cos[at], sin[at], True),
     )  # fmt: skip
+    yield Case(
+        name="rope, partial", trained=(draw(T, 4, 80), draw(T, 2, 80)), fixed=(cos, sin, torch.arange(T).flip(0)),
+        op=lambda q, k, cos, sin, at: torch.cat(rope(1 * q, 1 * k, cos, sin, at, interleaved=False, inplace=True), 1),
+        formula=lambda q, k, cos, sin, at: rope_reference(torch.cat((q, k), dim=1), cos[at], sin[at], False),
+        decided_as="rope",
+    )  # fmt: skip
     yield Case(name="swiglu", trained=(draw(T, D), draw(T, D)), op=swiglu, formula=swiglu_reference)
+    yield Case(
+        name="swiglu_packed", trained=(draw(T, 2 * D),), decided_as="swiglu", op=swiglu_packed,
+        formula=lambda gate_up: swiglu_reference(*gate_up.chunk(2, dim=1)),
+    )  # fmt: skip
     bounds = torch.tensor([0, 1, 2, 37, 37, T], dtype=torch.int32)  # lengths as in a pack, an empty one too
     yield Case(
         name="attention", trained=(draw(T, 4, 32), draw(T, 2, 32), draw(T, 2, 32)), fixed=(bounds,),
@@ -187,10 +220,38 @@ def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
         formula=lambda q, k, v, bounds: varlen_attention_reference(q, k, v, bounds, causal=True),
     )  # fmt: skip
     yield Case(
-        name="linear_cross_entropy", trained=(draw(T, D), draw(320, D)), fixed=(torch.arange(T) * 4, draw32(T).abs()),
+        name="bidirectional attention", trained=tuple(draw(T, 2, 72) for _ in range(3)), fixed=(bounds,),
+        op=lambda q, k, v, bounds: varlen_attention(q, k, v, bounds, 35, causal=False),
+        formula=lambda q, k, v, bounds: varlen_attention_reference(q, k, v, bounds, causal=False),
+        decided_as="attention",
+    )  # fmt: skip
+    yield Case(
+        name="linear_cross_entropy", trained=(draw(T, D), draw(321, D)), fixed=(torch.arange(T) * 4, draw32(T).abs()),
         op=linear_cross_entropy, formula=linear_cross_entropy_reference,
     )  # fmt: skip
+    yield Case(
+        name="adamw", fixed=(draw32(T * D), draw(T * D), draw32(T * D), draw32(T * D).square(), torch.tensor([0.5])),
+        op=lambda *state: _updated(adamw, *state), formula=lambda *state: _updated(adamw_reference, *state),
+        allowed=ALLOWED[torch.float32],  # of a gradient in any dtype
+    )  # fmt: skip
+    yield Case(
+        name="lora_linear", trained=(draw(T, D), draw32(H, D), draw32(40, H)), fixed=(draw(40, D), draw(40), seed),
+        op=lambda x, a, b, w, bias, seed: lora_linear(x, w, bias, a, b, scaling=0.5, dropout=0.1, seed=seed),
+        formula=lambda x, a, b, w, bias, seed: lora_linear_reference(x, w, bias, a, b, 0.5, 0.1, seed, 0),
+    )  # fmt: skip
     yield from _packed(draw(50, 70), draw(T, 70), device, dtype)
+
+
+def _updated(
+    update: Callable[..., Tensor], param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalar: Tensor
+) -> Tensor:
+    """What the third update makes of copies of these; `scalar` is the learning rate and the inverse scale."""
+    buffers = [x.clone() for x in (param, grad, exp_avg, exp_avg_sq)]
+    update(
+        *buffers, 4 * scalar, scalar, scalar, decayed=T * D // 2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.02,
+        max_norm=20.0,
+    )  # fmt: skip
+    return torch.cat(buffers)
 
 
 def _packed(weight: Tensor, x: Tensor, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:

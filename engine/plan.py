@@ -17,6 +17,7 @@ import torch
 from engine.build import BITS, base_paths, vlm_config
 from engine.config import Config
 from engine.errors import UsageError
+from kernels.linear_cross_entropy import MEMORY_BUDGET, chunk_rows
 from models.language.llama import LLAMA_7B, LLAMA_13B
 from models.vision.clip import ClipConfig
 from models.vlm import VisionLanguageModel, VLMConfig
@@ -124,10 +125,12 @@ def _activations(config: Config, model: VLMConfig, tokens: int, dense_bytes: int
         vision = per_block * tower.num_layers
     if model.train_vision == "frozen":
         vision = per_block
+    dtype = torch.float32 if dense_bytes == 4 else torch.bfloat16
+    logit_rows = min(tokens, chunk_rows(llm.vocab_size, dtype, MEMORY_BUDGET))
     return {
         "activations, language": language,
         "activations, vision": vision,
-        "logits": min(tokens * llm.vocab_size * 4, 256 * 2**20),
+        "logits": logit_rows * llm.vocab_size * dense_bytes,
     }
 
 

@@ -1,7 +1,8 @@
-"""One optimiser step: k packs forward and backward, one finite check, one update."""
+"""One optimiser step: k packs forward and backward, one update, one wait for the device."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ class StepResult:
 
     loss: float  # the step's loss, summed over packs and ranks (their weights sum to one)
     grad_norm: float  # before clipping
+    counts: tuple[float, ...]  # the sums over ranks
 
 
 def dropout_seed(seed: int, step: int, pack: int) -> int:
@@ -40,57 +42,55 @@ def dropout_seed(seed: int, step: int, pack: int) -> int:
 
 def train_step(
     model: nn.Module, packs: Sequence[Pack], optimizer: Optimizer, scaler: LossScaler, ranks: Ranks, *,
-    step: int, seed: int, lr: float, clip_grad: float | None, device: torch.device,
+    step: int, seed: int, lr: float, clip_grad: float | None, device: torch.device, counts: Sequence[float] = (),
 ) -> StepResult:  # fmt: skip
     """Runs the packs of this rank and updates the weights once.
 
-    An fp16 overflow repeats the same packs with a smaller loss scale, so no sample is lost.
+    The update is launched before anybody knows whether loss and gradient are finite; where they are not, it changes
+    nothing. An fp16 overflow repeats the same packs with a smaller loss scale, so no sample is lost.
 
+    Args:
+        counts: numbers of this rank that are summed over ranks on the way, exact up to 2^24.
     Raises:
         NotFinite: loss or gradient is not finite (with fp16: even at scale 1). No weight was touched.
     """
     while True:
-        loss = _accumulate(model, packs, optimizer, scaler.scale, ranks, step=step, seed=seed, device=device)
-        norm = optimizer.unscale_and_clip(scaler.scale, clip_grad)
-        values = torch.stack((loss, norm)).tolist()  # the step's one wait for the device
-        result = StepResult(loss=values[0], grad_norm=values[1])
-        if _is_finite(result):
+        totals = _accumulate(model, packs, scaler.scale, ranks, counts, step=step, seed=seed, device=device)
+        norm = optimizer.step(lr, scale=scaler.scale, clip_grad=clip_grad, guard=totals[0])
+        grad_norm, loss, *sums = torch.cat((norm.view(1), totals)).tolist()  # the step's one wait for the device
+        if math.isfinite(loss) and math.isfinite(grad_norm):
             break
         if not scaler.backoff():
             raise NotFinite(
-                f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}",
-                where=_first_bad(model) or "the loss itself",
+                f"step {step}: loss {loss}, gradient norm {grad_norm}",
+                where=_first_bad(optimizer) or "the loss itself",
                 why="no weight was changed by this step",
                 do="lower --optim.lr, set --optim.clip_grad 1.0, or look at the rows of this step with --debug",
             )
-    optimizer.step(lr)
+        optimizer.zero_grad()
     scaler.good_step()
-    return result
+    return StepResult(loss=loss, grad_norm=grad_norm, counts=tuple(sums))
 
 
 def _accumulate(
-    model: nn.Module, packs: Sequence[Pack], optimizer: Optimizer, scale: float, ranks: Ranks, *,
+    model: nn.Module, packs: Sequence[Pack], scale: float, ranks: Ranks, counts: Sequence[float], *,
     step: int, seed: int, device: torch.device,
 ) -> Tensor:  # fmt: skip
-    optimizer.zero_grad()
-    total = torch.zeros((), device=device)
+    """Adds the gradients of the packs up; returns loss and counts, summed over ranks, fp32 [1 + counts]."""
+    totals = torch.tensor([0.0, *counts]).to(device, non_blocking=True)
     for index, pack in enumerate(packs):
         number = dropout_seed(seed, step, index * ranks.world + ranks.rank)  # its place in the loader's plan
-        pack_seed = torch.tensor([number], dtype=torch.int64).to(device, non_blocking=True)
+        pack_seed = torch.full((1,), number, dtype=torch.int64, device=device)
         is_last = index == len(packs) - 1
         with nullcontext() if is_last or not isinstance(model, DistributedDataParallel) else model.no_sync():
             loss: Tensor = model(pack.to(device), pack_seed)
             (loss * (scale * ranks.world)).backward()  # DDP takes the mean over ranks; the step wants the sum
-        total += loss.detach()
-    return ranks.sum(total)
+        totals[0] += loss.detach()
+    return ranks.sum(totals)
 
 
-def _is_finite(result: StepResult) -> bool:
-    return abs(result.loss) < float("inf") and abs(result.grad_norm) < float("inf")  # False for NaN
-
-
-def _first_bad(model: nn.Module) -> str:
-    for name, parameter in model.named_parameters():
+def _first_bad(optimizer: Optimizer) -> str:
+    for name, parameter in optimizer.named.items():
         if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
             return f"first tensor with a bad gradient: {name}"
     return ""

@@ -87,7 +87,7 @@ class Trainer:
                 waited = time.perf_counter() - start
                 result = self._step(step, packs)
                 seconds = time.perf_counter() - start
-                fields = self._count(step, packs, result, seconds) | {"data_ms": 1000 * waited}
+                fields = self._count(step, result, seconds) | {"data_ms": 1000 * waited}
                 self._after_step(step + 1, fields, progress, stop)
 
     def _after_step(self, done: int, fields: dict[str, float], progress: Progress, stop: StopSignals) -> None:
@@ -125,16 +125,12 @@ class Trainer:
         return train_step(
             self.wrapped, packs, self.optimizer, self.scaler, self.ranks,
             step=step, seed=self.config.seed, lr=self.schedule(step), clip_grad=self.config.optim.clip_grad,
-            device=self.device,
+            device=self.device, counts=(sum(map(filled_tokens, packs)), sum(p.input_ids.numel() for p in packs)),
         )  # fmt: skip
 
-    def _count(self, step: int, packs: list[Pack], result: StepResult, seconds: float) -> dict[str, float]:
+    def _count(self, step: int, result: StepResult, seconds: float) -> dict[str, float]:
         """Adds the step to the counters; returns its row of metrics."""
-        counts = torch.tensor(
-            [sum(filled_tokens(p) for p in packs), sum(p.input_ids.numel() for p in packs)],
-            dtype=torch.float64, device="cpu" if self.device.type == "cpu" else self.device,
-        )  # fmt: skip
-        tokens, packed = self.ranks.sum(counts).tolist()
+        tokens, packed = result.counts
         c = self.counters
         c.tokens += int(tokens)
         c.packed_tokens += int(packed)

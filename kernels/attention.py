@@ -1,31 +1,49 @@
 """Softmax attention within the segments of a pack (no padding; a token sees its own segment only).
 
-    o[t, h] = sum_s softmax_s(scale q[t, h] . k[s, g]) v[s, g]
+    o[t, h] = sum_s p[t, h, s] v[s, g],  p[t, h, :] = softmax_s(scale q[t, h] . k[s, g])
     s in t's segment, s <= t where causal; g = h // (H / G)
 
 q, o [T, H, d], k, v [T, G, d] (grouped-query: H a multiple of G), segments cu_seqlens[i] .. cu_seqlens[i + 1].
 
-16-bit tensors on a GPU from sm_80 on take torch's varlen attention (FlashAttention 2: no score matrix, saves o and one
-fp32 a row and head; it refuses older cards). All others take scaled_dot_product_attention, one call for each run of
-neighbours of one length: a single call for a vision tower, whose segments are all alike. For the short, mixed segments
-of a text pack that loop was measured on a CPU (30 segments of 40 to 100 tokens, 4 heads of 16 or 32, forward and
-backward): it is faster than padding them into one batch, and 15 times faster than one call with a block-diagonal mask.
+The own kernels (attention_kernels.py) are FlashAttention 2 (arXiv 2307.08691) on tiles of neighbouring tokens of the
+pack, where others start a tile with every segment: 2,048 tokens are 32 tiles of 64 however they are divided, a segment
+of length one costs nothing of its own, and the grid depends on no data. Counted for lengths 1, 1, 600, 310, 290, 270,
+250, 200, 126, causal: 1.44 times the scores that are seen are computed, with tiles of 128 x 64 for each segment 1.76.
+q, k and v may be views whose channels are contiguous. Saved: q, k, v, o and one fp32 lse a token and head.
+
+    forward    o and lse
+    dq         ds = p (do . v - delta), delta = do . o, dq = scale sum_s ds k; writes delta too
+    dkdv       dv = sum_t p do, dk = scale sum_t ds q, summed over the query heads of the group by one program
+
+Two kernels backward, with the scores computed in both (7 products, not 5), for sums in a fixed order without atomics.
+Bytes: q, do and o are read and o, dq, dk, dv written once; but k and v are read by every tile of queries that sees them
+and by every query head of their group, and in dkdv q and do by every tile of keys. That is the algorithm: scores are
+not stored, so what makes them is read again, and by neighbouring programs, so from the L2 cache.
+A value that is not finite spreads to the segments that share a tile with it, through 0 * inf.
+
+The automatic choice on a GPU is PREFERENCES; attention_peers.py has what else can be taken, from torch's own on. The
+reference backend is its scaled_dot_product_attention for each segment.
 """
 
 from __future__ import annotations
 
-import inspect
-from functools import cache
-from itertools import groupby
-from typing import Any
+import math
+import os
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
+import triton
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from kernels.dispatch import record
+from kernels.attention_kernels import attention_dkdv_kernel, attention_dq_kernel, attention_forward_kernel
+from kernels.attention_peers import PEERS, Attend, missing
+from kernels.dispatch import card, choose, launch, primitive, run, unit_stride
+from kernels.launches import ANY, Launch
 
-OLDEST_FLASH = (8, 0)  # the compute capability that FlashAttention 2 begins with
+WIDEST = 128  # channels of a head that the own kernels take
+HALF = (torch.float16, torch.bfloat16)
 
 
 def varlen_attention_reference(
@@ -43,49 +61,197 @@ def varlen_attention_reference(
     return torch.einsum("hts,shd->thd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v).to(q.dtype)
 
 
-def _segment_loop(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float | None) -> Tensor:
-    lengths = [length for length in cu_seqlens.diff().tolist() if length]
-    if sum(lengths) != q.shape[0]:
-        raise ValueError(f"cu_seqlens covers {sum(lengths)} tokens, q has {q.shape[0]}")
-    runs = [(length, len(list(run))) for length, run in groupby(lengths)]
-    parts = (torch.split(x, [length * count for length, count in runs]) for x in (q, k, v))
-    grouped = q.shape[1] != k.shape[1]
-    outs = []
-    for (length, count), *qkv in zip(runs, *parts, strict=True):
-        # [count, H or G, length, d]
-        queries, keys, values = (x.view(count, length, *x.shape[1:]).transpose(1, 2) for x in qkv)
-        out = F.scaled_dot_product_attention(queries, keys, values, is_causal=causal, scale=scale, enable_gqa=grouped)
-        outs.append(out.transpose(1, 2).flatten(0, 1))
-    return outs[0] if len(outs) == 1 else torch.cat(outs)
+def _launch(kernel: str, q: Tensor) -> Launch:
+    """fp32 has choices of its own, above those of 16 bits."""
+    return launch(kernel, q.shape[2] + (WIDEST if q.dtype == torch.float32 else 0), q)
 
 
-@cache
-def _varlen_attn() -> tuple[Any, bool]:
-    """torch's varlen attention, and whether it knows `enable_gqa`.
-
-    torch 2.11 does not; from 2.12 on the flag must be set where q and k differ in heads. What else is passed below is
-    the same in 2.11 to 2.13.
-    """
-    from torch.nn.attention.varlen import varlen_attn
-
-    return varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters
+def _constants(q: Tensor, k: Tensor, cols: int, causal: bool) -> dict[str, object]:
+    head_dim = q.shape[2]
+    rest = max(16, triton.next_power_of_2(head_dim - cols)) if head_dim > cols else 0
+    return {"GROUP": q.shape[1] // k.shape[1], "D": head_dim, "REST": rest, "CAUSAL": causal}
 
 
-def _flash(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float | None
-) -> Tensor:
-    attend, takes_gqa = _varlen_attn()
-    options = {}
-    if q.shape[1] != k.shape[1] and takes_gqa:
-        options["enable_gqa"] = True
-    elif q.shape[1] != k.shape[1]:
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    window = (-1, 0) if causal else (-1, -1)
-    q, k, v = (x.contiguous() for x in (q, k, v))
-    out: Tensor = attend(
-        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=window, **options
-    )
-    return out
+def _strides(*tensors: Tensor) -> tuple[int, list[int]]:
+    """The unit that strides are counted in, and those of tokens and heads of each tensor."""
+    strides = [stride for x in tensors for stride in x.stride()[:2]]
+    unit = 1 if any(stride % 8 for stride in strides) else 8
+    return unit, [stride // unit for stride in strides]
+
+
+def _forward_outputs(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+
+
+@primitive(
+    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale, bool causal) -> (Tensor, Tensor)",
+    fake=_forward_outputs,
+)
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """q, k, v with unit last stride, scale > 0 -> o [T, H, d], lse [H, T] fp32 (in powers of two)."""
+    o, lse = _forward_outputs(q, k, v, cu_seqlens, scale, causal)
+    config = _launch("attention_forward", q)
+    unit, strides = _strides(q, k, v)
+    run(
+        attention_forward_kernel, (triton.cdiv(q.shape[0], config.rows), q.shape[1]), config,
+        q, k, v, cu_seqlens, o, lse, *strides, q.shape[0], cu_seqlens.shape[0] - 1, scale * math.log2(math.e),
+        **_constants(q, k, config.cols, causal), UNIT=unit,
+    )  # fmt: skip
+    return o, lse
+
+
+def _dq_outputs(do: Tensor, q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+
+
+@primitive(
+    "attention_dq(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor cu_seqlens, float scale, "
+    "bool causal) -> (Tensor, Tensor)",
+    fake=_dq_outputs,
+)
+def attention_dq(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, cu_seqlens: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """do, q, k, v with unit last stride, o and lse of the forward -> dq [T, H, d], delta [H, T] fp32."""
+    dq, delta = _dq_outputs(do, q)
+    config = _launch("attention_dq", q)
+    unit, strides = _strides(q, k, v, do)
+    run(
+        attention_dq_kernel, (triton.cdiv(q.shape[0], config.rows), q.shape[1]), config,
+        q, k, v, do, o, lse, cu_seqlens, dq, delta, *strides, q.shape[0], cu_seqlens.shape[0] - 1,
+        scale, scale * math.log2(math.e), **_constants(q, k, config.cols, causal), UNIT=unit,
+    )  # fmt: skip
+    return dq, delta
+
+
+def _dkdv_outputs(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+@primitive(
+    "attention_dkdv(Tensor do, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor delta, Tensor cu_seqlens, float scale, "
+    "bool causal) -> (Tensor, Tensor)",
+    fake=_dkdv_outputs,
+)
+def attention_dkdv(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, cu_seqlens: Tensor, scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """do, q, k, v with unit last stride, lse of the forward, delta of attention_dq -> dk, dv [T, G, d]."""
+    dk, dv = _dkdv_outputs(do, q, k, v)
+    config = _launch("attention_dkdv", q)
+    unit, strides = _strides(q, k, v, do)
+    run(
+        attention_dkdv_kernel, (triton.cdiv(q.shape[0], config.rows), k.shape[1]), config,
+        q, k, v, do, lse, delta, cu_seqlens, dk, dv, *strides, q.shape[0], cu_seqlens.shape[0] - 1,
+        scale, scale * math.log2(math.e), **_constants(q, k, config.cols, causal), UNIT=unit,
+    )  # fmt: skip
+    return dk, dv
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, causal: bool) -> Tensor:
+        o, lse = attention_forward(q, k, v, cu_seqlens, scale, causal)
+        ctx.save_for_backward(q, k, v, o, lse, cu_seqlens)
+        ctx.options = scale, causal
+        return o
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, o, lse, cu_seqlens = ctx.saved_tensors
+        do = unit_stride(do)
+        dk = dv = None
+        dq, delta = attention_dq(do, q, k, v, o, lse, cu_seqlens, *ctx.options)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            dk, dv = attention_dkdv(do, q, k, v, lse, delta, cu_seqlens, *ctx.options)
+        return dq, dk, dv, None, None, None
+
+
+def _own(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float) -> Tensor:
+    if q.shape[2] > WIDEST or scale <= 0:
+        raise ValueError(f"the Triton kernels take heads of at most {WIDEST} channels and a scale above 0; got "
+                         f"{q.shape[2]} and {scale}")  # fmt: skip
+    q, k, v = (unit_stride(x) for x in (q, k, v))
+    o = _Attention.apply(q, k, v, cu_seqlens.contiguous(), scale, causal)  # type: ignore[no-untyped-call]
+    return cast(Tensor, o)
+
+
+IMPLEMENTATIONS: dict[str, Attend] = {"triton": _own, **PEERS}
+
+
+def implementations() -> dict[str, str]:
+    """Why each implementation cannot run on this machine, by name; empty where it can."""
+    return {name: _missing(name) for name in IMPLEMENTATIONS}
+
+
+def _missing(name: str) -> str:
+    if name != "triton":
+        return missing(name)
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return "" if interpreted or torch.cuda.is_available() else "no CUDA device"
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """Where the automatic choice takes an implementation."""
+
+    implementation: str
+    dtypes: tuple[torch.dtype, ...]
+    oldest: int  # compute capability, as 80
+    head_dim: int  # largest
+    multiple: int = 1  # which head dims are of
+    longest: int = ANY  # max_seqlen up to which it holds
+    measured: bool = False  # in benchmarks/results; else a prediction
+
+
+# The first that holds is taken. None has been measured: that FlashAttention 2 in CUDA is fastest is a prediction, for
+# short segments a weak one. Without tensor cores, which Triton uses from sm_80 on, the own kernels are slow.
+PREFERENCES = (
+    Preference("flash", HALF, oldest=80, head_dim=256, multiple=8),
+    Preference("triton", (*HALF, torch.float32), oldest=80, head_dim=WIDEST),
+)
+
+
+def _preferred(q: Tensor, max_seqlen: int) -> tuple[str, str]:
+    """-> (implementation or "reference", why), by the table."""
+    if not q.is_cuda:
+        return "triton", ""  # in the interpreter
+    capability, head_dim = card(q), q.shape[-1]
+    for row in PREFERENCES:
+        fits = q.dtype in row.dtypes and capability >= row.oldest and max_seqlen <= row.longest
+        if fits and head_dim <= row.head_dim and head_dim % row.multiple == 0 and not _missing(row.implementation):
+            return row.implementation, "fastest here" if row.measured else "predicted to be the fastest here"
+    return "reference", f"no kernel for {q.dtype} with head dim {head_dim} on sm_{capability}"
+
+
+def attend(
+    implementation: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int,
+    *, causal: bool, scale: float | None = None,
+) -> Tensor:  # fmt: skip
+    """`varlen_attention` by one of IMPLEMENTATIONS. Raises ValueError where that cannot run here, and as it does."""
+    obstacle = _missing(implementation) if implementation in IMPLEMENTATIONS else "unknown"
+    if obstacle:
+        here = ", ".join(name for name, why_not in implementations().items() if not why_not)
+        raise ValueError(f"attention implementation {implementation!r}: {obstacle}; accepted here: {here}")
+    if q.ndim != 3 or k.shape != v.shape or q.shape[::2] != k.shape[::2] or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            "attention takes q [T, H, d] and k, v [T, G, d] with H a multiple of G; "
+            f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"attention takes q, k and v of one dtype; got {q.dtype}, {k.dtype} and {v.dtype}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32:
+        raise ValueError(f"cu_seqlens must be int32 [S + 1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
+    if not q.shape[0]:
+        return q.clone()
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    return IMPLEMENTATIONS[implementation](q, k, v, cu_seqlens, max_seqlen, causal, scale)
 
 
 def varlen_attention(
@@ -104,27 +270,7 @@ def varlen_attention(
     any bound on it), on the host. scale: 1 / sqrt(d) by default.
     Raises ValueError where shapes or dtypes do not fit.
     """
-    if q.ndim != 3 or k.shape != v.shape or q.shape[::2] != k.shape[::2] or q.shape[1] % k.shape[1]:
-        raise ValueError(
-            "attention takes q [T, H, d] and k, v [T, G, d] with H a multiple of G; "
-            f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
-        )
-    if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32:
-        raise ValueError(f"cu_seqlens must be int32 [S + 1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
-    if not q.shape[0]:
-        return q.clone()
-    implementation, reason = _implementation(q)
-    record("attention", implementation, reason)
-    if implementation == "flash":
-        return _flash(q, k, v, cu_seqlens, max_seqlen, causal, scale)
-    return _segment_loop(q, k, v, cu_seqlens, causal, scale)
-
-
-def _implementation(q: Tensor) -> tuple[str, str]:
-    """-> ("flash" or "sdpa", why)."""
-    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
-        return "sdpa", f"{q.dtype} tensor on {q.device.type}"
-    major, minor = torch.cuda.get_device_capability(q.device)
-    if (major, minor) < OLDEST_FLASH:
-        return "sdpa", f"FlashAttention 2 refuses sm_{major}{minor}"
-    return "flash", "16-bit CUDA tensor: torch.nn.attention.varlen"
+    best, why = _preferred(q, max_seqlen)
+    backend = choose("attention", q, tuple(dict.fromkeys((best, "triton", "reference"))), why=why)
+    implementation = "sdpa" if backend == "reference" else backend
+    return attend(implementation, q, k, v, cu_seqlens, max_seqlen, causal=causal, scale=scale)

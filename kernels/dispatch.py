@@ -23,7 +23,7 @@ from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast, get_args
 import torch
 from torch import Tensor
 
-from kernels.launches import LAUNCHES, Launch
+from kernels.launches import LAUNCHES, OWN_PRODUCTS, Launch, Products
 
 Backend = Literal["auto", "triton", "cuda", "reference"]
 
@@ -80,10 +80,12 @@ def set_backend(name: str) -> str:
     return previous
 
 
-def choose(op: str, x: Tensor, available: tuple[str, ...], missing: Mapping[str, str] | None = None) -> str:
+def choose(
+    op: str, x: Tensor, available: tuple[str, ...], missing: Mapping[str, str] | None = None, why: str = ""
+) -> str:
     """Name of the backend that runs `op` on `x`: one of `available`, the implementations that the op has, best first.
 
-    `missing`: what an implementation needs and does not find on this machine, by backend.
+    `missing`: what an implementation needs and does not find on this machine, by backend. `why`: why the first is best.
     Raises BackendError where the op has the backend that was chosen explicitly, but it cannot run on `x` here.
     """
     obstacles = {backend: (missing or {}).get(backend) or _obstacle(backend, x) for backend in available}
@@ -101,7 +103,9 @@ def choose(op: str, x: Tensor, available: tuple[str, ...], missing: Mapping[str,
         if not obstacles[backend]:
             break
         reason = obstacles[backend]
-    if backend != "reference":
+    if why and backend == available[0]:
+        reason = why
+    elif backend != "reference":
         reason = "CUDA tensor" if x.is_cuda else "TRITON_INTERPRET=1"
     record(op, backend, reason)
     return backend
@@ -130,11 +134,22 @@ def launch(kernel: str, size: int, x: Tensor) -> Launch:
 
     Raises ValueError for rows that are too wide.
     """
-    card = _card(x)
+    here = card(x)
     for choice in LAUNCHES[kernel]:
-        if size <= choice.largest and (not choice.cards or card in choice.cards):
+        if size <= choice.largest and (not choice.cards or here in choice.cards):
             return choice.launch
     raise ValueError(f"{kernel} takes at most {LAUNCHES[kernel][-1].largest} channels, got {size}")
+
+
+def own_product(x: Tensor, n: int) -> bool:
+    """Whether x [M, K] times a weight [n, K], with its activation, is linear_act's own product on the card of `x`."""
+    m, k = x.shape
+
+    def covered(products: Products) -> bool:
+        ranges = ((m, products.m), (k, products.k), (n, products.n))
+        return card(x) in products.cards and all(least <= size <= most for size, (least, most) in ranges)
+
+    return x.dtype != torch.float32 and any(map(covered, OWN_PRODUCTS))
 
 
 def run(kernel: Kernel, grid: tuple[int, ...], config: Launch, *args: object, **constants: object) -> None:
@@ -180,7 +195,7 @@ def as_on_card(card: int) -> Iterator[None]:
         _targets.remove(card)
 
 
-def _card(x: Tensor) -> int:
+def card(x: Tensor) -> int:
     """Compute capability as in LAUNCHES; 0 for the interpreter, which takes the choices for all cards."""
     if _targets:
         return _targets[-1]
@@ -204,20 +219,37 @@ def primitive(schema: str, fake: Callable[..., R]) -> Callable[[Callable[P, R]],
     """Decorator: register a launcher as `torch.ops.nibble.<name>` and return the op that calls it.
 
     `schema` as in torch.library.define, e.g. "rms_norm_forward(Tensor x, float eps) -> Tensor"; `fake` returns outputs
-    of the right shapes, strides and dtypes without computing them. (torch.library.define and not custom_op: a call
-    costs a third of the host time.)
+    of the right shapes, strides and dtypes without computing them. Arguments that the schema marks as written to,
+    "Tensor(a!) x" or "Tensor(a!)[] x", have their version counted up, so that autograd refuses a tensor that it saved
+    before. (torch.library.define and not custom_op: a call costs a third of the host time.)
     """
 
     def register(launcher: Callable[P, R]) -> Callable[P, R]:
         name, signature = schema.split("(", 1)
         torch.library.define(f"nibble::{name}", f"({signature}", tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.impl(f"nibble::{name}", "default")(launcher)
+        overload = getattr(torch.ops.nibble, name).default
+        torch.library.impl(f"nibble::{name}", "default")(_counting_versions(launcher, overload._schema))
         torch.library.register_fake(f"nibble::{name}")(fake)
-        op = cast(Callable[P, R], getattr(torch.ops.nibble, name).default)
+        op = cast(Callable[P, R], overload)
         PRIMITIVES[name] = Primitive(op=op, launcher=launcher)
         return op
 
     return register
+
+
+def _counting_versions(launcher: Callable[..., R], schema: torch.FunctionSchema) -> Callable[..., R]:
+    """`launcher`, and afterwards one more version of each tensor that it writes to; itself where it writes to none."""
+    written = [i for i, argument in enumerate(schema.arguments) if argument.alias_info and argument.alias_info.is_write]
+    if not written:
+        return launcher
+
+    def counting(*args: Any) -> R:
+        result = launcher(*args)
+        values = (value for i in written for value in (args[i] if isinstance(args[i], list) else [args[i]]))
+        torch.autograd.graph.increment_version(value for value in values if isinstance(value, Tensor))
+        return result
+
+    return counting
 
 
 def unit_stride(x: Tensor) -> Tensor:

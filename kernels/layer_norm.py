@@ -1,20 +1,21 @@
-"""LayerNorm: y = (x - mean) / sqrt(var + eps) * weight + bias over the last dimension, fp32 statistics.
+"""LayerNorm: y = (x - mean) / sqrt(var + eps) * weight + bias (arXiv 1607.06450), alone or behind a residual add.
 
-torch's own kernel: the towers' LayerNorms without an adapter are the only callers (with one, see norm_mma).
-x [T, D] any float dtype; weight, bias [D] in the same, or in fp32. Bytes: x read once, y written once. With fp32 affine
-parameters a 16-bit x goes through fp32, but it is x itself that is saved for the backward, and converted again there.
+x [T, D] fp16, bf16 or fp32; weight, bias [D] in x's dtype, or in fp32 beside 16-bit activations, as in CLIP's tower.
+Means and variance over D in fp32 (the variance of the centred row), the result rounded once.
+
+The kernels, and the bytes that they move, are in norm.py. They exist for frozen weight and bias, whose backward is one
+pass over the rows and spreads over the whole card at a tower's few tokens; for the residual stream's gradient, which
+that pass takes along; and for Phi's parallel block, whose two branches read one norm: both gradients enter that pass.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from kernels.dispatch import record, wide
+from kernels.dispatch import choose, wide
+from kernels.norm import check_delta, norm
 
 
 def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -22,39 +23,38 @@ def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) ->
     return F.layer_norm(wide(x), (x.shape[-1],), wide(weight), wide(bias), eps).to(x.dtype)
 
 
-class _WideLayerNorm(torch.autograd.Function):
-    """In fp32, whatever x is."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        y, mean, rstd = torch.native_layer_norm(wide(x), weight.shape, weight, bias, eps)
-        ctx.save_for_backward(x, mean, rstd, weight, bias)
-        return y.to(x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, rstd, weight, bias = ctx.saved_tensors
-        dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
-            wide(dy), wide(x), weight.shape, mean, rstd, weight, bias, ctx.needs_input_grad[:3]
-        )
-        return None if dx is None else dx.to(x.dtype), dweight, dbias, None
-
-
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Normalize the rows of x [T, D] and apply weight [D] and bias [D]; returns [T, D] in x's dtype.
 
-    weight and bias have x's dtype or are fp32 (in a 16-bit tower), and are applied in theirs.
+    weight and bias have x's dtype or are fp32, and are applied in theirs.
+    Gradients for x and, where they require one, weight and bias (summed in fp32, in a fixed order).
     Raises ValueError where shapes or dtypes do not fit.
     """
-    if weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
+    return add_layer_norm(x, None, weight, bias, eps)[1]
+
+
+def add_layer_norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps: float, *, branches: int = 1
+) -> tuple[Tensor, ...]:
+    """(stream, layer_norm of it), stream = x + delta rounded to x's dtype, or x itself where there is no delta; [T, D].
+
+    branches 2: (stream, y, y), one y for each reader, so that both gradients arrive in one backward.
+    Use the stream that is returned, also without delta: its gradient is added in the norm's backward. delta has x's
+    shape and dtype. Otherwise as `layer_norm`.
+    """
+    if x.ndim != 2 or weight.shape != x.shape[1:] or bias.shape != x.shape[1:]:
         raise ValueError(
-            f"layer_norm: x {tuple(x.shape)} wants weight and bias ({x.shape[-1]},), "
-            f"got {tuple(weight.shape)} and {tuple(bias.shape)}"
+            f"layer_norm takes x [T, D], weight [D] and bias [D], "
+            f"got {tuple(x.shape)}, {tuple(weight.shape)} and {tuple(bias.shape)}"
         )
     if weight.dtype != bias.dtype or weight.dtype not in (x.dtype, torch.promote_types(x.dtype, torch.float32)):
-        raise ValueError(f"layer_norm: x {x.dtype} wants weight and bias in that or in fp32, got {weight.dtype}")
-    record("layer_norm", "torch", "the only implementation")
-    if weight.dtype == x.dtype:
-        return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
-    return cast(Tensor, _WideLayerNorm.apply(x, weight, bias, eps))  # type: ignore[no-untyped-call]
+        raise ValueError(
+            f"layer_norm: x {x.dtype} wants weight and bias in that or in fp32, got {weight.dtype} and {bias.dtype}"
+        )
+    if branches not in (1, 2):
+        raise ValueError(f"layer_norm has 1 or 2 branches, got {branches}")
+    check_delta("layer_norm", x, delta)
+    if choose("layer_norm", x, ("triton", "reference")) == "reference":
+        stream = x if delta is None else x + delta
+        return stream, *branches * (layer_norm_reference(stream, weight, bias, eps),)
+    return norm(x, delta, weight, bias, eps, branches=branches)

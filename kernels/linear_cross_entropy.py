@@ -4,78 +4,263 @@
     dlogits[i, v] = weights_i (softmax(logits[i])[v] - [v = label_i])     dhidden = dlogits W     dW = dlogits^T hidden
 
 hidden [L, D] fp16, bf16 or fp32; weight [V, D] a tensor, NF4 or int8; labels int64 [L]; weights fp32 [L] (0 for a row
-that does not count). The product runs in hidden's dtype, everything after it in fp32. The gradient is known as soon as
-the loss is: it is written over the logits and multiplied out at once, so the forward holds one chunk of logits (fp32,
-plus its copy in hidden's dtype), and the backward only scales. Two matrix products for a frozen head, three for a
-trained one; a packed head is dequantized once a call. Nothing is computed for the backward where none can follow.
+that does not count). The gradient is known as soon as the loss is, so the forward computes both and the backward only
+scales. A frozen head takes two matrix products (cuBLAS), a trained one three; a packed one is dequantized once a call.
+
+One buffer holds the logits of a chunk of rows, in hidden's dtype, and then their gradient; the next chunk reuses it.
+Besides what the products move:
+
+    rows       reads logits for maximum and sum, reads them again, last tile first, and writes dlogits over them: three
+               passes over the chunk where two would do. Two rows an SM are under way (one above V = 65,536): 17 to 35
+               MB on the 132 SMs of an H100 or H200, whose caches can serve the second read.
+    backward   reads a gradient [L, D], writes it scaled
+
+Why not fp32 logits: they would double these bytes and halve the rows that fit the budget (V = 128,256 at the smallest
+chunk: 525 MB, not 263). 16 bits round a logit once, by at most 2^-8 (bf16) or 2^-11 (fp16) of it, as dlogits are
+rounded anyway; and logsumexp and the label's logit see the same rounded value, so that the loss of a row that is sure
+of its label stays exact. Maximum, sum, logarithm and softmax are fp32.
+
+dlogits are computed for weights relative to the largest, times 256, which keeps them in fp16's range whatever the loss
+is divided by: those of a sure row of small weight do not vanish, and dhidden, at most 512 of the head's largest weight,
+stays finite. The backward multiplies grad and that scale, both on the device, into the result: one pass, and into a new
+tensor, as the graph may be walked again.
 """
+
+# mypy: allow-untyped-decorators
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.dispatch import record
+from kernels.dispatch import choose, launch, primitive, run, wide
 from kernels.int8 import Int8Tensor, dequantize_int8
 from kernels.nf4 import NF4Tensor, dequantize_nf4
 
 ROW_MULTIPLE = 128
 SMALLEST_CHUNK = 1024  # rows; fewer make the products inefficient
+MEMORY_BUDGET = 256 * 2**20  # bytes of logits
+PITCH_MULTIPLE = 64  # elements; rows of any V start at multiples of 128 bytes and may be read and written past V
+HEADROOM = 256.0  # of a largest dlogit, a power of two
+VECTOR = 8  # elements that a thread loads at once; rows are padded to a multiple
+LOWEST = tl.constexpr(-3e38)  # below every logit; finite, so that differences are no NaN
+
+# (logits, labels, weights, scale, losses, gradient): the work on the rows of a chunk, in place
+Rows = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, bool], None]
 
 
 def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    logits = hidden.to(wide) @ weight.to(wide).T
+    logits = wide(hidden) @ wide(weight).T
     picked = logits.gather(1, labels[:, None])[:, 0]
     return (weights * (logits.logsumexp(dim=1) - picked)).sum()
 
 
-def chunk_rows(vocabulary: int, dtype: torch.dtype, memory_budget: int) -> int:
-    """Rows whose logits (fp32, and the product in `dtype` where that differs) fit `memory_budget` bytes.
+def cross_entropy_rows_reference(
+    logits: Tensor, labels: Tensor, weights: Tensor, scale: Tensor, losses: Tensor, gradient: bool
+) -> None:
+    """`cross_entropy_rows` in torch, on a copy of the logits in fp32 where they have 16 bits."""
+    x = wide(logits)  # [n, V]
+    picked, top = x.gather(1, labels[:, None]), x.amax(dim=1, keepdim=True)
+    total = x.sub_(top).exp_().sum(dim=1, keepdim=True)
+    losses.copy_((weights[:, None] * (top + total.log() - picked))[:, 0])
+    if gradient:
+        relative = weights[:, None] / scale.clamp(min=torch.finfo(scale.dtype).tiny)
+        x.mul_(relative / total)
+        x.scatter_(1, labels[:, None], x.gather(1, labels[:, None]) - relative)
+        logits.copy_(x)
 
-    A multiple of 128, at least 1,024.
+
+@triton.jit
+def load_logits(row_ptr: tl.tensor, cols: tl.tensor, inside: tl.tensor, vocabulary: tl.tensor) -> tl.tensor:
+    """A tile of a row in fp32. Whole vectors are read, those past the vocabulary become LOWEST."""
+    x = tl.load(row_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+    return tl.where(cols < vocabulary, x, LOWEST)
+
+
+@triton.jit
+def logarithm(x: tl.tensor) -> tl.tensor:
+    """Of fp32 >= 1, to two ulps (tl.log is libdevice's): x = 2^k m with m from sqrt(1/2) to sqrt(2), s = (m-1) / (m+1),
+    and log(x) = k log(2) + 2 s (1 + s^2/3 + s^4/5 + ...)."""
+    bits = x.to(tl.int32, bitcast=True)
+    k = (bits - 0x3F3504F3) >> 23  # the bits of sqrt(1/2)
+    m = (bits - (k << 23)).to(tl.float32, bitcast=True)
+    s = (m - 1.0) / (m + 1.0)
+    q = s * s
+    series = 1.0 + q * (1.0 / 3 + q * (1.0 / 5 + q * (1.0 / 7 + q * (1.0 / 9))))
+    return tl.where(x == x, k * 0.6931471805599453 + 2.0 * s * series, x)
+
+
+@triton.jit(do_not_specialize=["vocabulary"])
+def cross_entropy_rows_kernel(
+    logits_ptr: tl.tensor,
+    labels_ptr: tl.tensor,
+    weights_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    losses_ptr: tl.tensor,
+    logits_stride: tl.tensor,
+    vocabulary: tl.tensor,
+    GRADIENT: tl.constexpr,
+    VECTOR: tl.constexpr,
+    COLS: tl.constexpr,
+) -> None:
+    """One program: one row, in tiles [COLS / VECTOR, VECTOR] whose second axis lies in one thread (of fp32: in two).
+
+    Each vector of a tile has its own running maximum and sum: nothing passes between warps before the end.
     """
-    logit_bytes = 4 if dtype == torch.float32 else 4 + dtype.itemsize
-    rows = memory_budget // (logit_bytes * vocabulary)
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * logits_stride
+    first = tl.arange(0, COLS // VECTOR)[:, None] * VECTOR
+    cols = first + tl.arange(0, VECTOR)[None, :]
+    tiles = tl.cdiv(vocabulary, COLS)
+    weight = tl.load(weights_ptr + row)
+    if weight == 0.0:
+        tl.store(losses_ptr + row, 0.0)
+        if GRADIENT:
+            for tile in range(0, tiles):
+                zeros = tl.zeros([COLS // VECTOR, VECTOR], dtype=logits_ptr.dtype.element_ty)
+                tl.store(row_ptr + tile * COLS + cols, zeros, mask=tile * COLS + first < vocabulary)
+        return
+    label = tl.load(labels_ptr + row)
+    known = (label >= 0) & (label < vocabulary)
+    picked = tl.load(row_ptr + label, mask=known, other=float("nan")).to(tl.float32)
+
+    top = tl.full([COLS // VECTOR], LOWEST, dtype=tl.float32)
+    total = tl.zeros([COLS // VECTOR], dtype=tl.float32)
+    for tile in range(0, tiles):
+        x = load_logits(row_ptr, tile * COLS + cols, tile * COLS + first < vocabulary, vocabulary)
+        higher = tl.maximum(top, tl.max(x, axis=1))
+        total = total * tl.exp(top - higher) + tl.sum(tl.exp(x - higher[:, None]), axis=1)
+        top = higher
+    highest = tl.max(top, axis=0)
+    all_total = tl.sum(total * tl.exp(top - highest), axis=0)
+    tl.store(losses_ptr + row, weight * (highest - picked + logarithm(all_total)))
+
+    if GRADIENT:
+        relative = weight / tl.load(scale_ptr)
+        share = relative / all_total
+        for i in range(0, tiles):
+            start = (tiles - 1 - i) * COLS
+            x = load_logits(row_ptr, start + cols, start + first < vocabulary, vocabulary)
+            gradient = tl.exp(x - highest) * share - tl.where(start + cols == label.to(tl.int32), relative, 0.0)
+            tl.store(row_ptr + start + cols, gradient, mask=start + first < vocabulary)
+
+
+@triton.jit
+def scale_gradient_kernel(
+    gradient_ptr: tl.tensor,
+    grad_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    scaled_ptr: tl.tensor,
+    size: tl.tensor,
+    COLS: tl.constexpr,
+) -> None:
+    """One program: COLS elements."""
+    at = tl.program_id(0).to(tl.int64) * COLS + tl.arange(0, COLS)
+    factor = tl.load(grad_ptr) * tl.load(scale_ptr)
+    x = tl.load(gradient_ptr + at, mask=at < size, other=0.0).to(tl.float32)
+    tl.store(scaled_ptr + at, x * factor, mask=at < size)
+
+
+def _nothing(*_: object) -> None:
+    """The fake of a primitive without outputs."""
+
+
+@primitive(
+    "cross_entropy_rows(Tensor(a!) logits, Tensor labels, Tensor weights, Tensor scale, Tensor(b!) losses,"
+    " bool gradient) -> ()",
+    fake=_nothing,
+)
+def cross_entropy_rows(
+    logits: Tensor, labels: Tensor, weights: Tensor, scale: Tensor, losses: Tensor, gradient: bool
+) -> None:
+    """Writes losses [n] fp32 of logits [n, V] and, where `gradient`, dlogits for weights / scale over the logits.
+
+    labels int64 [n], weights fp32 [n], scale fp32 [] are contiguous. Rows start at multiples of 8 elements; those
+    between V and the next multiple of 8 are written too. A row of weight 0 is not read. A label outside of 0..V-1
+    makes the row's loss NaN.
+    """
+    rows, vocabulary = logits.shape
+    if logits.stride(1) != 1 or logits.stride(0) % VECTOR:
+        raise ValueError(f"logits: rows start at multiples of {VECTOR} elements, got strides {logits.stride()}")
+    config = launch("cross_entropy_rows", vocabulary, logits)
+    run(
+        cross_entropy_rows_kernel, (rows,), config,
+        logits, labels, weights, scale, losses, logits.stride(0), vocabulary, GRADIENT=gradient, VECTOR=VECTOR,
+    )  # fmt: skip
+
+
+def _scaled_output(gradient: Tensor, grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return gradient.new_empty(gradient.shape, dtype=dtype)
+
+
+@primitive("scale_gradient(Tensor gradient, Tensor grad, Tensor scale, ScalarType dtype) -> Tensor", _scaled_output)
+def scale_gradient(gradient: Tensor, grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient (contiguous) * grad * scale, both fp32 [], in `dtype`.
+
+    In fp32 up to the result, where torch would round the factor to fp16: a loss scale of 65,536 is infinite there.
+    """
+    scaled = _scaled_output(gradient, grad, scale, dtype)
+    size = gradient.numel()
+    config = launch("scale_gradient", 1, gradient)
+    run(scale_gradient_kernel, (triton.cdiv(size, config.cols),), config, gradient, grad, scale, scaled, size)
+    return scaled
+
+
+def _scale_in_torch(gradient: Tensor, grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return (wide(gradient) * (grad * scale)).to(dtype)
+
+
+def _pitch(vocabulary: int) -> int:
+    return triton.cdiv(vocabulary, PITCH_MULTIPLE) * PITCH_MULTIPLE
+
+
+def chunk_rows(vocabulary: int, dtype: torch.dtype, memory_budget: int) -> int:
+    """Rows whose logits fit `memory_budget` bytes: a multiple of 128, at least 1,024."""
+    rows = memory_budget // (dtype.itemsize * _pitch(vocabulary))
     return max(SMALLEST_CHUNK, rows // ROW_MULTIPLE * ROW_MULTIPLE)
 
 
-def _loss_and_gradients(
-    hidden: Tensor, head: Tensor, labels: Tensor, weights: Tensor, rows: int, need_hidden: bool, need_head: bool
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Loss, and the gradients divided by the returned `scale`, the largest weight.
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """total [M, N] + a [M, K] @ b [K, N] in `dtype`, written over total; without a total the product.
 
-    Relative weights keep dlogits in fp16's range whatever the loss is divided by.
+    On a GPU a 16-bit product is never rounded to 16 bits.
     """
-    fp = torch.promote_types(hidden.dtype, torch.float32)
-    loss = torch.zeros((), dtype=fp, device=hidden.device)
-    weights = weights.to(fp)
-    scale = weights.abs().amax().clamp(min=torch.finfo(fp).tiny) if weights.numel() else torch.ones_like(loss)
-    dhidden = torch.empty_like(hidden) if need_hidden else None
-    dhead = torch.zeros(head.shape, dtype=fp, device=head.device) if need_head else None
-    for start in range(0, hidden.shape[0], rows):
-        part = slice(start, start + rows)
-        product = hidden[part] @ head.T
-        logits = product.to(fp)  # [rows, V]
-        target = labels[part, None]
-        picked = logits.gather(1, target)
-        top = logits.amax(dim=1, keepdim=True)
-        total = logits.sub_(top).exp_().sum(dim=1, keepdim=True)
-        loss += (weights[part, None] * (top + total.log() - picked)).sum()
-        if dhidden is None and dhead is None:
-            continue
-        relative = weights[part, None] / scale
-        logits.mul_(relative / total)
-        logits.scatter_(1, target, logits.gather(1, target) - relative)
-        dlogits = product.copy_(logits)
+    if a.dtype == dtype:
+        return a @ b if total is None else total.addmm_(a, b)
+    if a.is_cuda:
+        if total is None:
+            return torch.mm(a, b, out_dtype=dtype)
+        return torch.addmm(total, a, b, out_dtype=dtype, out=total)
+    product = (a @ b).to(dtype)
+    return product if total is None else total.add_(product)
+
+
+def _loss_and_gradients(
+    hidden: Tensor, head: Tensor, labels: Tensor, weights: Tensor, chunk: int, need_hidden: bool, need_head: bool,
+    rows_op: Rows,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Loss, and dhidden (hidden's dtype) and dhead (fp32) divided by the returned `scale`."""
+    rows, vocabulary = hidden.shape[0], head.shape[0]
+    scale = torch.linalg.vector_norm(weights, torch.inf) / HEADROOM if rows else weights.new_zeros(())
+    losses = torch.empty_like(weights)
+    dhidden = hidden.new_empty(hidden.shape) if need_hidden else None
+    dhead = torch.zeros_like(head, dtype=weights.dtype) if need_head and not rows else None
+    buffer = hidden.new_empty(min(chunk, rows), _pitch(vocabulary))[:, :vocabulary]
+    for start in range(0, rows, chunk):
+        part = slice(start, min(start + chunk, rows))
+        logits = torch.mm(hidden[part], head.T, out=buffer[: part.stop - start])
+        rows_op(logits, labels[part], weights[part], scale, losses[part], need_hidden or need_head)
         if dhidden is not None:
-            torch.mm(dlogits, head, out=dhidden[part])
-        if dhead is not None:
-            dhead += (dlogits.T @ hidden[part]).to(fp)
-    return loss, scale, dhidden, dhead
+            torch.mm(logits, head, out=dhidden[part])
+        if need_head:
+            dhead = _add_product(dhead, logits.T, hidden[part], weights.dtype)
+    return losses.sum(), scale, dhidden, dhead
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -86,25 +271,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         labels: Tensor,
         weights: Tensor,
-        rows: int,
+        chunk: int,
         differentiate: bool,
+        on_triton: bool,
     ) -> Tensor:
         need_hidden, need_head = (differentiate and need for need in ctx.needs_input_grad[:2])
-        head = weight.to(hidden.dtype)
-        loss, scale, dhidden, dhead = _loss_and_gradients(hidden, head, labels, weights, rows, need_hidden, need_head)
-        ctx.save_for_backward(scale, dhidden, None if dhead is None else dhead.to(weight.dtype))
+        head, rows_op = weight.to(hidden.dtype), cross_entropy_rows if on_triton else cross_entropy_rows_reference
+        loss, scale, dhidden, dhead = _loss_and_gradients(
+            hidden, head, labels, weights, chunk, need_hidden, need_head, rows_op
+        )
+        ctx.save_for_backward(scale, dhidden, dhead)
+        ctx.head_dtype, ctx.scaled = weight.dtype, scale_gradient if on_triton else _scale_in_torch
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None]:
         scale, dhidden, dhead = ctx.saved_tensors
-        factor = grad * scale
-        return _times(dhidden, factor), _times(dhead, factor), None, None, None, None
-
-
-def _times(gradient: Tensor | None, factor: Tensor) -> Tensor | None:
-    return None if gradient is None else gradient * factor
+        dhidden = None if dhidden is None else ctx.scaled(dhidden, grad, scale, dhidden.dtype)
+        dhead = None if dhead is None else ctx.scaled(dhead, grad, scale, ctx.head_dtype)
+        return dhidden, dhead, None, None, None, None, None
 
 
 def linear_cross_entropy(
@@ -113,12 +299,15 @@ def linear_cross_entropy(
     labels: Tensor,
     weights: Tensor,
     *,
-    memory_budget: int = 256 * 2**20,
+    memory_budget: int = MEMORY_BUDGET,
 ) -> Tensor:
     """sum_i weights_i CE(hidden_i W^T, labels_i), fp32 scalar (fp64 for fp64 input).
 
     hidden [L, D], weight [V, D], labels int64 [L] in 0..V-1, weights fp32 [L] (not differentiated); L may be 0.
-    `memory_budget` bounds the bytes of logits that exist at once, as far as 1,024 rows allow.
+    Gradients for hidden and, where it requires one, weight (summed in fp32 over the chunks, in a fixed order).
+    `memory_budget` bounds the bytes of logits that exist at once, as far as 1,024 rows allow. What the call returns or
+    keeps for the backward is on top of it: dhidden [L, D], dW [V, D] fp32, a dequantized head.
+    Labels are not checked on a GPU (it would wait for them): one outside of 0..V-1 makes the loss NaN.
     Raises ValueError where the shapes do not fit.
     """
     rows, (vocabulary, dim) = hidden.shape[0], weight.shape
@@ -127,11 +316,14 @@ def linear_cross_entropy(
             f"linear_cross_entropy takes hidden [L, {dim}], labels [L] and weights [L] with a head of shape "
             f"{tuple(weight.shape)}; got {tuple(hidden.shape)}, {tuple(labels.shape)} and {tuple(weights.shape)}"
         )
-    record("linear_cross_entropy", "torch", "the only implementation")
+    on_triton = choose("linear_cross_entropy", hidden, ("triton", "reference")) == "triton"
     if isinstance(weight, NF4Tensor):
         weight = dequantize_nf4(weight, hidden.dtype)
     elif isinstance(weight, Int8Tensor):
         weight = dequantize_int8(weight, hidden.dtype)
     chunk = chunk_rows(vocabulary, hidden.dtype, memory_budget)
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, weights, chunk, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
-    return loss
+    weights = weights.to(torch.promote_types(hidden.dtype, torch.float32)).contiguous()
+    loss = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, labels.contiguous(), weights, chunk, torch.is_grad_enabled(), on_triton
+    )
+    return cast(Tensor, loss)

@@ -4,10 +4,11 @@
 
     least      each byte of the primitive's inputs that it reads, once, and of its outputs, once
     moved      what goes through device memory: `least`, what it reads or writes of workspaces, and every repeated
-               access to a tensor of tokens
-    reloads    repeated loads of parameters (tensors whose first dimension is not the tokens'): served by the L2 cache
+               access to a tensor of tokens or one that is written
+    reloads    repeated loads of parameters (tensors that are only read, and whose first dimension is not the tokens'):
+               served by the L2 cache
 
-A repeated access to a tile of tokens that a program has just read may be served by a cache too; it is counted as moved.
+Elements are counted, not the sectors of 32 bytes that they lie in. A repeated access to a tile of tokens that a program has just read may be served by a cache too; it is counted as moved.
 """
 
 from __future__ import annotations
@@ -81,23 +82,23 @@ def count(call: Call, tokens: int) -> Traffic:
     tensors = [x for x in launched.values() if x.numel()]
     public = {x.untyped_storage().data_ptr() for x in _tensors((call.arguments, result))}
     least = moved = reloads = 0
-    for accesses in (loads, stores):
-        for tensor, access in _attributed(accesses, tensors):
-            repeated = access.issued - access.unique
-            if tensor.untyped_storage().data_ptr() not in public:
-                moved += access.issued
-            elif tensor.ndim and tensor.shape[0] == tokens:
-                least, moved = least + access.unique, moved + access.issued
-            else:
-                least, moved, reloads = least + access.unique, moved + access.unique, reloads + repeated
+    for tensor, loaded, stored in zip(tensors, _attributed(loads, tensors), _attributed(stores, tensors), strict=True):
+        issued = loaded.issued + stored.issued
+        once = loaded.unique + stored.unique
+        if tensor.untyped_storage().data_ptr() not in public:
+            moved += issued
+        elif stored.issued or tensor.shape[:1] == (tokens,):
+            least, moved = least + once, moved + issued
+        else:
+            least, moved, reloads = least + once, moved + once, reloads + issued - once
     return Traffic(call.label, least, moved, reloads)
 
 
-def _attributed(accesses: list[tuple[Any, int]], tensors: list[Tensor]) -> list[tuple[Tensor, Access]]:
-    """The accesses by the tensor that they fall into."""
-    found = [(tensor, Access()) for tensor in tensors]
+def _attributed(accesses: list[tuple[Any, int]], tensors: list[Tensor]) -> list[Access]:
+    """The accesses to each tensor."""
+    found = [Access() for _ in tensors]
     for addresses, itemsize in accesses:
-        for tensor, access in found:
+        for tensor, access in zip(tensors, found, strict=True):
             start = tensor.data_ptr()
             last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
             end = start + (last + 1) * tensor.element_size()

@@ -22,6 +22,7 @@ ALLOWED = {
     "kernels": {"torch", "triton", "numpy"},
     "models": {"torch", "triton", "numpy"},
     "models/weights": {"torch", "triton", "numpy", "safetensors"},
+    "benchmarks": {"torch", "triton", "numpy"},
 }
 # The part of the engine that must run where nothing but torch is installed (benchmarks run it there).
 LEAN = ("engine/step.py", "engine/optim.py", "engine/schedule.py", "engine/scaler.py", "engine/data/packing.py")
@@ -120,9 +121,9 @@ print(*sorted({{module.partition(".")[0] for module in set(sys.modules) - before
 
 
 def _distribution(module: str) -> str | None:
-    """The top-level package of a third party, or None for the standard library and for our own layers."""
+    """The top-level package of a third party, or None for the standard library and for what is ours."""
     top = module.partition(".")[0]
-    return None if top in sys.stdlib_module_names or top in LAYERS else top
+    return None if top in sys.stdlib_module_names or top in (*LAYERS, *COMMANDS) else top
 
 
 def test_files_are_short() -> None:

@@ -35,7 +35,10 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """Makes the tensors of a call, activations in `dtype`. On the meta device they have no data."""
+    """Makes the tensors of a call, activations in `dtype`. On the meta device they have no data.
+
+    With a generator, one of the CPU, the numbers are the same on every device.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -43,14 +46,19 @@ class Draw:
 
     def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Standard normal."""
-        return torch.randn(shape, generator=self.generator).to(self.device, dtype or self.dtype)
+        drawn = torch.randn(shape, generator=self.generator, device=self._source)
+        return drawn.to(self.device, dtype or self.dtype)
 
     def fp32(self, *shape: int) -> Tensor:
         return self(*shape, dtype=torch.float32)
 
     def below(self, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         """Integers from 0 to high - 1."""
-        return torch.randint(high, shape, generator=self.generator).to(self.device, dtype)
+        return torch.randint(high, shape, generator=self.generator, device=self._source).to(self.device, dtype)
+
+    @property
+    def _source(self) -> torch.device | str:
+        return "cpu" if self.generator else self.device
 
 
 def ops() -> list[str]:

@@ -2,7 +2,11 @@ from __future__ import annotations
 
 import inspect
 import logging
+import random
+import sys
+from collections.abc import Callable
 from itertools import pairwise
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,11 +14,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import attention, dispatch
-from kernels.attention import varlen_attention, varlen_attention_reference
+from kernels import attention, attention_peers, dispatch
+from kernels.attention import IMPLEMENTATIONS, attend, implementations, varlen_attention, varlen_attention_reference
+from kernels.dispatch import BackendError
 from tests.kernels.tolerance import assert_within_twice
 
+GPU = torch.cuda.is_available()
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if GPU else [])
+RANDOM_SHAPES = 200 if GPU else 4
+# Heads of a group, head dim, causal: few, since each is a kernel to compile.
+HEADS = [(1, 64, False), (1, 72, False), (1, 80, True), (1, 96, True), (4, 128, True), (2, 24, True), (2, 64, False)]
 CAUSAL = pytest.mark.parametrize("causal", [True, False])
+# Lengths, heads, key heads, head dim.
+SHAPES: list[tuple[tuple[int, ...], int, int, int]] = [
+    ((1,), 2, 2, 64), ((1, 1, 125), 4, 2, 72), ((129, 0, 128), 2, 1, 80), ((0, 288, 288, 1, 0), 1, 1, 96),
+    ((257, 257, 215), 2, 2, 128),
+]  # fmt: skip
+SMALL = [((33,), 1, 1, 64), ((1, 1, 0, 62, 3), 2, 1, 72), ((9, 58), 1, 1, 128), ((97,), 1, 1, 40),
+         ((1,) * 33 + (7, 0, 2), 1, 1, 16)]  # fmt: skip
+LARGE = [((1, 1, 577, 0, 290, 600, 579), 32, 8, 128), ((729, 729), 16, 16, 72), ((1,) * 300 + (77,), 4, 2, 64)]
 
 
 def bounds(*lengths: int) -> Tensor:
@@ -26,10 +44,10 @@ def inputs(tokens: int, heads: int, groups: int, head_dim: int, dtype: torch.dty
     return [torch.randn(tokens, n, head_dim).to(dtype) for n in (heads, groups, groups)]
 
 
-def expression(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+def expression(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
     """torch's own call for the whole pack, with the mask written out [T, T]."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)[0].transpose(0, 1)
 
 
 def visible(cu_seqlens: Tensor, causal: bool) -> Tensor:
@@ -41,30 +59,102 @@ def visible(cu_seqlens: Tensor, causal: bool) -> Tensor:
     return mask
 
 
+def assert_error_is_torchs_own(
+    compute: Callable[[Tensor, Tensor, Tensor], Tensor], tensors: list[Tensor], mask: Tensor, scale: float | None = None
+) -> None:
+    grad = torch.randn(tensors[0].shape).to(tensors[0])
+    results = []
+    for function, to in (
+        (compute, grad.dtype),
+        (lambda q, k, v: expression(q, k, v, mask, scale), grad.dtype),
+        (lambda q, k, v: expression(q, k, v, mask, scale), torch.float64),
+    ):
+        leaves = [x.detach().to(to).requires_grad_() for x in tensors]
+        out = function(*leaves)
+        results.append([out.detach(), *torch.autograd.grad(out, leaves, grad.to(to))])
+    for name, *values in zip(("o", "dq", "dk", "dv"), *results, strict=True):
+        assert_within_twice(*values, name)
+
+
 @CAUSAL
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("lengths", "heads", "groups", "head_dim"),
-    [((1,), 2, 2, 64), ((1, 1, 125), 4, 2, 72), ((129, 0, 128), 2, 1, 80), ((0, 288, 288, 1, 0), 1, 1, 96),
-     ((257, 257, 215), 2, 2, 128)],
-)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("lengths", "heads", "groups", "head_dim"), SHAPES)
 def test_error_is_torchs_own(
     lengths: tuple[int, ...], heads: int, groups: int, head_dim: int, dtype: torch.dtype, causal: bool
 ) -> None:
     cu_seqlens = bounds(*lengths)
-    mask, tensors = visible(cu_seqlens, causal), inputs(sum(lengths), heads, groups, head_dim, dtype)
-    grad = torch.randn(tensors[0].shape).to(dtype)
-    results = []
-    for compute, to in (
-        (lambda q, k, v: varlen_attention(q, k, v, cu_seqlens, max(lengths), causal=causal), dtype),
-        (lambda q, k, v: expression(q, k, v, mask), dtype),
-        (lambda q, k, v: expression(q, k, v, mask), torch.float64),
-    ):
-        leaves = [x.to(to, copy=True).requires_grad_() for x in tensors]
-        out = compute(*leaves)
-        results.append([out.detach(), *torch.autograd.grad(out, leaves, grad.to(to))])
-    for name, *values in zip(("o", "dq", "dk", "dv"), *results, strict=True):
-        assert_within_twice(*values, name)
+    assert_error_is_torchs_own(
+        lambda q, k, v: attend("sdpa", q, k, v, cu_seqlens, max(lengths), causal=causal),
+        inputs(sum(lengths), heads, groups, head_dim, dtype), visible(cu_seqlens, causal),
+    )  # fmt: skip
+
+
+@CAUSAL
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("lengths", "heads", "groups", "head_dim"), SMALL + (SHAPES[1:] + LARGE if GPU else []))
+def test_the_own_kernels_error_is_torchs_own(
+    lengths: tuple[int, ...], heads: int, groups: int, head_dim: int, dtype: torch.dtype, causal: bool,
+    device: torch.device,
+) -> None:  # fmt: skip
+    cu_seqlens = bounds(*lengths)
+    mask, on_device = visible(cu_seqlens, causal).to(device), cu_seqlens.to(device)
+    assert_error_is_torchs_own(
+        lambda q, k, v: attend("triton", q, k, v, on_device, max(lengths), causal=causal),
+        [x.to(device) for x in inputs(sum(lengths), heads, groups, head_dim, dtype)], mask,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_random_shapes(dtype: torch.dtype, device: torch.device) -> None:
+    """Views of one tensor of q, k and v, as a fused projection gives them."""
+    draw = random.Random(0)
+    for i in range(RANDOM_SHAPES):
+        longest = draw.choice([1, 9, 300, 1200]) if GPU else draw.choice([1, 9, 40])
+        lengths = [draw.choice([0, 1, draw.randint(0, longest)]) for _ in range(draw.randint(0, 12 if GPU else 3))]
+        lengths += [draw.randint(64, 64 + longest), 0]  # enough values for a largest error that means something
+        groups, (group, head_dim, causal) = draw.randint(1, 4 if GPU else 1), draw.choice(HEADS)
+        scale = draw.choice([None, 0.2])
+        cu_seqlens = bounds(*lengths)
+        torch.manual_seed(i)
+        packed = torch.randn(sum(lengths), (group + 2) * groups, head_dim).to(device, dtype)
+        tensors = list(packed.split([group * groups, groups, groups], dim=1))
+        mask, on_device = visible(cu_seqlens, causal).to(device), cu_seqlens.to(device)
+
+        def compute(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attend("triton", q, k, v, on_device, max(lengths), causal=causal, scale=scale)  # noqa: B023
+
+        assert_error_is_torchs_own(compute, tensors, mask, scale)
+
+
+@CAUSAL
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_token_of_its_own(dtype: torch.dtype, causal: bool, device: torch.device) -> None:
+    """A router's token: o is v, and its scores have no gradient, to the bit."""
+    leaves = [x.to(device).requires_grad_() for x in inputs(3, 2, 1, 64, dtype)]
+    out = attend("triton", *leaves, bounds(1, 1, 0, 1).to(device), 1, causal=causal)
+    dq, dk, dv = torch.autograd.grad(out, leaves, torch.ones_like(out))
+    torch.testing.assert_close(out, leaves[2].detach().repeat(1, 2, 1))
+    torch.testing.assert_close(dv, torch.full_like(dv, 2))
+    assert not dq.any()
+    assert not dk.any()
+
+
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+@CAUSAL
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("groups", "head_dim"), [(4, 64), (2, 80), (1, 128)])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_every_implementation_that_is_here(
+    implementation: str, groups: int, head_dim: int, dtype: torch.dtype, causal: bool
+) -> None:
+    if missing := implementations()[implementation]:
+        pytest.skip(missing)
+    cu_seqlens = bounds(1, 1, 257, 0, 127, 30)
+    mask, on_device = visible(cu_seqlens, causal).cuda(), cu_seqlens.cuda()
+    assert_error_is_torchs_own(
+        lambda q, k, v: attend(implementation, q, k, v, on_device, 257, causal=causal),
+        [x.cuda() for x in inputs(416, 4, groups, head_dim, dtype)], mask,
+    )  # fmt: skip
 
 
 @CAUSAL
@@ -76,19 +166,19 @@ def test_gradcheck(causal: bool) -> None:
 
 
 @CAUSAL
-def test_reference_and_scale(causal: bool) -> None:
-    tensors, cu_seqlens = inputs(20, 4, 2, 16), bounds(9, 0, 4, 4, 3)
+def test_reference_and_scale(causal: bool, backend: str, device: torch.device) -> None:
+    tensors, cu_seqlens = [x.to(device) for x in inputs(20, 4, 2, 16)], bounds(9, 0, 4, 4, 3).to(device)
     for scale in (None, 0.1):
         ours = varlen_attention(*tensors, cu_seqlens, 9, causal=causal, scale=scale)
         torch.testing.assert_close(ours, varlen_attention_reference(*tensors, cu_seqlens, causal=causal, scale=scale))
 
 
-def test_segments_are_strangers() -> None:
+def test_segments_are_strangers(backend: str, device: torch.device) -> None:
     """Changing one segment changes no bit of another; a segment of length one returns its own value."""
-    q, k, v = inputs(30, 2, 2, 16)
-    cu_seqlens = bounds(1, 12, 17)
+    q, k, v = (x.to(device) for x in inputs(30, 2, 2, 16))
+    cu_seqlens = bounds(1, 12, 17).to(device)
     first = varlen_attention(q, k, v, cu_seqlens, 17, causal=True)
-    assert torch.equal(first[0], v[0])
+    torch.testing.assert_close(first[0], v[0])
     for x in (q, k, v):
         x[1:13] += 1
     second = varlen_attention(q, k, v, cu_seqlens, 17, causal=True)
@@ -106,38 +196,144 @@ def test_equal_neighbours_share_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
         return sdpa(q, *args, **kwargs)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
-    varlen_attention(*inputs(5 * 17, 2, 2, 16), bounds(17, 17, 17, 17, 17), 17, causal=False)
+    attend("sdpa", *inputs(5 * 17, 2, 2, 16), bounds(17, 17, 17, 17, 17), 17, causal=False)
     assert shapes == [(5, 2, 17, 16)]
     shapes.clear()
-    varlen_attention(*inputs(29, 2, 2, 16), bounds(1, 1, 9, 0, 9, 8, 1), 9, causal=True)
+    attend("sdpa", *inputs(29, 2, 2, 16), bounds(1, 1, 9, 0, 9, 8, 1), 9, causal=True)
     assert shapes == [(2, 2, 1, 16), (2, 2, 9, 16), (1, 2, 8, 16), (1, 2, 1, 16)]
 
 
-def test_strided_and_empty_input_and_repeatability() -> None:
+def test_strided_and_empty_input_and_repeatability(backend: str, device: torch.device) -> None:
     torch.manual_seed(0)
-    q, k, v = torch.randn(21, 3, 4, 16).unbind(1)  # as a fused projection gives them
-    cu_seqlens = bounds(5, 8, 8)
+    q, k, v = torch.randn(21, 3, 4, 16, device=device).unbind(1)  # as a fused projection gives them
+    cu_seqlens = bounds(5, 8, 8).to(device)
     first = varlen_attention(q, k, v, cu_seqlens, 8, causal=True)
-    assert torch.equal(first, varlen_attention(q, k, v, cu_seqlens, 8, causal=True))
-    torch.testing.assert_close(
-        first, varlen_attention(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, 8, causal=True)
-    )
+    assert first.is_contiguous() or backend == "reference"
+    for other in ((q, k, v), (q.contiguous(), k.contiguous(), v.contiguous())):
+        assert torch.equal(first, varlen_attention(*other, cu_seqlens, 8, causal=True)) or backend == "reference"
+    channels_apart = [x.mT.contiguous().mT for x in (q, k, v)]
+    torch.testing.assert_close(first, varlen_attention(*channels_apart, cu_seqlens, 8, causal=True))
     for no_tokens in (bounds(), bounds(0, 0)):
         empty = q[:0].clone().requires_grad_()
-        out = varlen_attention(empty, k[:0], v[:0], no_tokens, 0, causal=True)
+        out = varlen_attention(empty, k[:0], v[:0], no_tokens.to(device), 0, causal=True)
         out.sum().backward()
         assert out.shape == (0, 4, 16)
         assert empty.grad is not None
+
+
+def test_the_own_kernels_copy_no_view_and_skip_what_is_not_trained(device: torch.device) -> None:
+    q, k, v = torch.randn(21, 3, 4, 16, device=device).unbind(1)
+    launched: dict[str, list[object]] = {}
+    with dispatch.recording(lambda kernel, grid, config, args, constants: launched.update({kernel.__name__: [*args]})):
+        attend("triton", q.requires_grad_(), k, v, bounds(5, 8, 8).to(device), 8, causal=True).sum().backward()
+    assert list(launched) == ["attention_forward_kernel", "attention_dq_kernel"]
+    for arguments in launched.values():
+        assert [x.data_ptr() for x in arguments[:3] if isinstance(x, Tensor)] == [x.data_ptr() for x in (q, k, v)]
+    q.requires_grad_(False)
+    with dispatch.recording(lambda kernel, grid, config, args, constants: launched.update({kernel.__name__: [*args]})):
+        attend("triton", q, k, v.requires_grad_(), bounds(5, 8, 8).to(device), 8, causal=True).sum().backward()
+    assert v.grad is not None
+    assert "attention_dkdv_kernel" in launched
+
+
+def test_tokens_that_no_segment_covers(device: torch.device) -> None:
+    """The reference refuses them, having the lengths at hand; the own kernels take them for one segment more."""
+    tensors = [x.to(device) for x in inputs(20, 2, 2, 16)]
+    short, whole = (attend("triton", *tensors, x.to(device), 9, causal=False) for x in (bounds(4, 7), bounds(4, 7, 9)))
+    assert torch.equal(short, whole)
 
 
 def test_what_does_not_fit_is_refused() -> None:
     q, k, v = inputs(6, 4, 2, 8)
     with pytest.raises(ValueError, match="multiple of G"):
         varlen_attention(q, k[:, :1].expand(6, 3, 8), v[:, :1].expand(6, 3, 8), bounds(6), 6, causal=True)
+    with pytest.raises(ValueError, match=r"of one dtype; got .*float16"):
+        varlen_attention(q, k.half(), v, bounds(6), 6, causal=True)
     with pytest.raises(ValueError, match="int32"):
         varlen_attention(q, k, v, bounds(6).long(), 6, causal=True)
     with pytest.raises(ValueError, match="covers 5 tokens, q has 6"):
-        varlen_attention(q, k, v, bounds(5), 5, causal=True)
+        attend("sdpa", q, k, v, bounds(5), 5, causal=True)
+    with pytest.raises(ValueError, match=r"'flesh': unknown; accepted here: .*sdpa"):
+        attend("flesh", q, k, v, bounds(6), 6, causal=True)
+
+
+def test_what_the_own_kernels_refuse(device: torch.device) -> None:
+    wide = [x.to(device) for x in inputs(6, 1, 1, 136)]
+    with pytest.raises(ValueError, match=r"at most 128 channels .* got 136"):
+        attend("triton", *wide, bounds(6).to(device), 6, causal=True)
+    with pytest.raises(ValueError, match="above 0; got 8 and -1"):
+        attend("triton", *(x[..., :8] for x in wide), bounds(6).to(device), 6, causal=True, scale=-1.0)
+
+
+@pytest.mark.skipif(GPU, reason="about a machine without a CUDA device")
+def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = inputs(6, 2, 2, 8)
+    nothing = {"triton": "", "flash": "no CUDA device", "flash_attn": "no CUDA device", "xformers": "no CUDA device"}
+    assert implementations() == nothing | {"sdpa": ""}
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert implementations() == nothing | {"sdpa": "", "triton": "no CUDA device"}
+    with pytest.raises(ValueError, match="'flash': no CUDA device; accepted here: sdpa"):
+        attend("flash", *tensors, bounds(6), 6, causal=True)
+    monkeypatch.setattr(dispatch, "_settings", {"backend": "triton"})
+    with pytest.raises(BackendError, match=r"attention: backend 'triton' .* on cpu"):
+        varlen_attention(*tensors, bounds(6), 6, causal=True)
+
+
+def fake_module(monkeypatch: pytest.MonkeyPatch, name: str, **contents: Any) -> None:
+    parent, _, child = name.rpartition(".")
+    module = ModuleType(name)
+    vars(module).update(contents)
+    monkeypatch.setitem(sys.modules, name, module)
+    if parent:
+        fake_module(monkeypatch, parent, **{child: module})
+
+
+@CAUSAL
+def test_what_flash_attn_is_told(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in with the signature of flash-attn 2.8's function, as far as it is used."""
+
+    def stand_in(
+        q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+        max_seqlen_k: int, dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+    ) -> Tensor:  # fmt: skip
+        assert cu_seqlens_q is cu_seqlens_k
+        assert (max_seqlen_q, max_seqlen_k, dropout_p) == (4, 4, 0.0)
+        return varlen_attention_reference(q, k, v, cu_seqlens_q, causal=causal, scale=softmax_scale)
+
+    fake_module(monkeypatch, "flash_attn", flash_attn_varlen_func=stand_in)
+    tensors, cu_seqlens = inputs(6, 4, 2, 8), bounds(2, 4)
+    out = attention_peers.flash_attn(*tensors, cu_seqlens, 4, causal, 0.2)
+    assert torch.equal(out, varlen_attention_reference(*tensors, cu_seqlens, causal=causal, scale=0.2))
+
+
+@CAUSAL
+def test_what_xformers_is_told(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in with the masks and the function of xformers 0.0.35, as far as they are used."""
+
+    class Mask(SimpleNamespace):
+        def __init__(self, q_seqinfo: Any, k_seqinfo: Any) -> None:
+            super().__init__(q_seqinfo=q_seqinfo, k_seqinfo=k_seqinfo)
+
+    class CausalMask(Mask):
+        pass
+
+    def stand_in(
+        query: Tensor, key: Tensor, value: Tensor, attn_bias: Mask, p: float = 0.0, scale: Any = None
+    ) -> Tensor:
+        assert query.shape == key.shape == value.shape == (1, 6, 4, 8)
+        assert attn_bias.q_seqinfo is attn_bias.k_seqinfo
+        assert attn_bias.q_seqinfo.max_seqlen == 6  # of any bound, what is possible
+        q, k, v, seqstart = query[0], key[0], value[0], attn_bias.q_seqinfo.seqstart
+        return varlen_attention_reference(q, k, v, seqstart, causal=isinstance(attn_bias, CausalMask), scale=scale)[
+            None
+        ]
+
+    masks = SimpleNamespace(_SeqLenInfo=SimpleNamespace, BlockDiagonalMask=Mask, BlockDiagonalCausalMask=CausalMask)
+    fmha = SimpleNamespace(attn_bias=masks, memory_efficient_attention=stand_in)
+    fake_module(monkeypatch, "xformers.ops", fmha=fmha)
+    tensors, cu_seqlens = inputs(6, 4, 2, 8), bounds(2, 4)
+    out = attention_peers.xformers(*tensors, cu_seqlens, 100, causal, 0.2)
+    assert torch.equal(out, varlen_attention_reference(*tensors, cu_seqlens, causal=causal, scale=0.2))
 
 
 @CAUSAL
@@ -158,14 +354,23 @@ def test_what_torchs_varlen_attention_is_told(causal: bool, takes_gqa: bool, mon
 
     spy.__signature__ = signature  # type: ignore[attr-defined]
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", spy)
-    attention._varlen_attn.cache_clear()
+    attention_peers._varlen_attn.cache_clear()
     for groups in (4, 2):
-        attention._flash(*inputs(6, 4, groups, 8), bounds(2, 4), 4, causal, None)
-    attention._varlen_attn.cache_clear()
+        attention_peers.flash(*inputs(6, 4, groups, 8), bounds(2, 4), 4, causal, 0.2)
+    attention_peers._varlen_attn.cache_clear()
     assert all(call["window_size"] == ((-1, 0) if causal else (-1, -1)) for call in calls)
-    assert "enable_gqa" not in calls[0]
+    assert all(call["scale"] == 0.2 for call in calls)
+    assert not calls[0].get("enable_gqa", False)
     assert calls[1].get("enable_gqa", False) is (takes_gqa and "enable_gqa" in signature.parameters)
     assert calls[1]["key"].shape[1] == (2 if "enable_gqa" in calls[1] else 4)
+
+
+def test_flash_attention_is_given_what_it_can_load() -> None:
+    q, k, v = torch.randn(6, 3, 2, 16).unbind(1)
+    assert all(attention_peers._aligned(x) is x for x in (q, k, v))
+    for x in (torch.randn(6, 2, 20)[..., :16], torch.randn(6, 2, 24)[..., 4:20], torch.randn(6, 16, 2).mT):
+        assert attention_peers._aligned(x).is_contiguous()
+        assert torch.equal(attention_peers._aligned(x), x)
 
 
 class OnGpu(Tensor):
@@ -174,46 +379,61 @@ class OnGpu(Tensor):
     is_cuda = True
 
 
-@pytest.mark.parametrize(
-    ("capability", "dtype", "implementation", "reason"),
-    [
-        ((7, 5), torch.float16, "sdpa", "FlashAttention 2 refuses sm_75"),
-        ((8, 0), torch.float16, "flash", "16-bit CUDA tensor: torch.nn.attention.varlen"),
-        ((9, 0), torch.bfloat16, "flash", "16-bit CUDA tensor: torch.nn.attention.varlen"),
-        ((9, 0), torch.float32, "sdpa", "torch.float32 tensor on cpu"),
-    ],
-)
-def test_cards_without_flash_attention_take_a_call_a_segment(
-    capability: tuple[int, int], dtype: torch.dtype, implementation: str, reason: str,
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(attention, "_flash", lambda q, *rest: torch.full_like(q, 7))
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int]], None]:
+    """Sets the compute capability of the GPU that `OnGpu` tensors are on; every implementation is there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(attention_peers, "_not_importable", lambda module: "")
     monkeypatch.setattr(dispatch, "_decisions", {})
-    tensors = [x.as_subclass(OnGpu) for x in inputs(9, 2, 2, 8, dtype)]
+    monkeypatch.setattr(dispatch, "_settings", {"backend": "auto"})
+
+    def set_capability(capability: tuple[int, int]) -> None:
+        monkeypatch.setattr(dispatch, "_capability", lambda index: 10 * capability[0] + capability[1])
+
+    return set_capability
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_dim", "implementation", "reason"),
+    [
+        ((7, 5), torch.float16, 64, "reference", "no kernel for torch.float16 with head dim 64 on sm_75"),
+        ((8, 0), torch.float16, 128, "flash", "predicted to be the fastest here"),
+        ((9, 0), torch.bfloat16, 72, "flash", "predicted to be the fastest here"),
+        ((9, 0), torch.bfloat16, 20, "triton", "predicted to be the fastest here"),
+        ((9, 0), torch.float32, 64, "triton", "predicted to be the fastest here"),
+        ((9, 0), torch.float32, 160, "reference", "no kernel for torch.float32 with head dim 160 on sm_90"),
+        ((9, 0), torch.float64, 64, "reference", "no kernel for torch.float64 with head dim 64 on sm_90"),
+    ],
+)  # fmt: skip
+def test_what_a_gpu_takes(
+    capability: tuple[int, int], dtype: torch.dtype, head_dim: int, implementation: str, reason: str,
+    on_gpu: Callable[[tuple[int, int]], None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    on_gpu(capability)
+    for i, name in enumerate(IMPLEMENTATIONS):
+        monkeypatch.setitem(IMPLEMENTATIONS, name, lambda q, *rest, i=i: torch.full_like(q, i))
+    tensors = [x.as_subclass(OnGpu) for x in inputs(9, 2, 2, head_dim, dtype)]
     with caplog.at_level(logging.INFO, logger="nibble.kernels"):
         out = varlen_attention(*tensors, bounds(4, 5), 5, causal=True)
-    assert bool((out == 7).all()) == (implementation == "flash")
+    ran = list(IMPLEMENTATIONS)[int(out[0, 0, 0])]
+    assert ran == ("sdpa" if implementation == "reference" else implementation)
     assert [record.getMessage() for record in caplog.records] == [f"attention: {implementation} ({reason})"]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@CAUSAL
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("groups", "head_dim"), [(4, 64), (2, 80), (1, 128)])
-def test_flash_error_is_torchs_own(groups: int, head_dim: int, dtype: torch.dtype, causal: bool) -> None:
-    cu_seqlens = bounds(1, 1, 257, 0, 127, 30).cuda()
-    mask = visible(cu_seqlens, causal).cuda()
-    tensors = [x.cuda() for x in inputs(416, 4, groups, head_dim, dtype)]
-    grad = torch.randn(tensors[0].shape).to("cuda", dtype)
-    results = []
-    for compute, to in (
-        (lambda q, k, v: varlen_attention(q, k, v, cu_seqlens, 257, causal=causal), dtype),
-        (lambda q, k, v: expression(q, k, v, mask), dtype),
-        (lambda q, k, v: expression(q, k, v, mask), torch.float64),
-    ):
-        leaves = [x.to(to, copy=True).requires_grad_() for x in tensors]
-        out = compute(*leaves)
-        results.append([out.detach(), *torch.autograd.grad(out, leaves, grad.to(to))])
-    for name, *values in zip(("o", "dq", "dk", "dv"), *results, strict=True):
-        assert_within_twice(*values, name)
+def test_a_torch_without_flash_attention(
+    on_gpu: Callable[[tuple[int, int]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_gpu((9, 0))
+    monkeypatch.setattr(attention_peers, "_not_importable", lambda module: "ImportError: no such module")
+    assert implementations()["flash"] == "ImportError: no such module"
+    q = inputs(9, 2, 2, 64, torch.float16)[0].as_subclass(OnGpu)
+    assert attention._preferred(q, 5)[0] == "triton"
+    monkeypatch.setattr(attention, "PREFERENCES", [attention.Preference("sdpa", (q.dtype,), 80, 64, longest=4)])
+    assert attention._preferred(q, 4)[0] == "sdpa"
+    assert attention._preferred(q, 5)[0] == "reference"
+
+
+def test_a_module_that_does_not_import_says_why() -> None:
+    assert attention_peers._not_importable("no_such_module") == "ModuleNotFoundError: No module named 'no_such_module'"
+    in_torch = attention_peers._not_importable("torch.nn.attention.varlen")
+    assert bool(in_torch) != torch.backends.cuda.is_flash_attention_available()

@@ -38,13 +38,14 @@ def test_a_card_or_op_that_does_not_exist_is_refused(capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("kernel", "arch", "spills", "shared", "code", "problem"),
     [
-        ("rms_norm_forward", 86, 0, 99 * 1024, "float", ""),
-        ("rms_norm_forward", 86, 0, 99 * 1024 + 1, "float", "over the 99 KiB"),
-        ("rms_norm_forward", 80, 0, 163 * 1024, "float", ""),
-        ("rms_norm_forward", 80, 8, 0, "float", "spills"),
+        ("norm_forward", 86, 0, 99 * 1024, "float", ""),
+        ("norm_forward", 86, 0, 99 * 1024 + 1, "float", "over the 99 KiB"),
+        ("norm_forward", 80, 0, 163 * 1024, "float", ""),
+        ("norm_forward", 80, 8, 0, "float", "spills"),
         ("norm_mma_dadapter", 80, 8, 0, "float", ""),
-        ("rms_norm_forward", 90, 0, 0, "call @__nv_erff", "libdevice"),
-        ("rms_norm_forward", 90, 0, 0, "fmul double", "fp64"),
+        ("norm_forward", 90, 0, 0, "call @__nv_erff", "libdevice"),
+        ("norm_forward", 90, 0, 0, "br label %__nv_exp2f.exit", ""),
+        ("norm_forward", 90, 0, 0, "fmul double", "fp64"),
     ],
 )
 def test_what_is_a_problem(kernel: str, arch: int, spills: int, shared: int, code: str, problem: str) -> None:

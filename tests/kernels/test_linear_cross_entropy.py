@@ -1,17 +1,36 @@
+"""Linear cross-entropy against torch's own expression, forward and backward, with either backend."""
+
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kernels import linear_cross_entropy as module
 from kernels.int8 import dequantize_int8, quantize_int8
-from kernels.linear_cross_entropy import chunk_rows, linear_cross_entropy, linear_cross_entropy_reference
+from kernels.linear_cross_entropy import (
+    chunk_rows,
+    cross_entropy_rows,
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+    logarithm,
+    scale_gradient,
+)
 from kernels.nf4 import dequantize_nf4, quantize_nf4
 from tests.kernels.tolerance import assert_within_twice
+
+ON_GPU = torch.cuda.is_available()
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+RANDOM_SHAPES = 200 if ON_GPU else 4
 
 
 def expression(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
@@ -20,29 +39,64 @@ def expression(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor) 
     return (weights * F.cross_entropy(logits, labels, reduction="none")).sum()
 
 
-def problem(rows: int, vocabulary: int, dim: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+def problem(
+    rows: int, vocabulary: int, dim: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> tuple[Tensor, ...]:
     torch.manual_seed(rows)
-    hidden = torch.randn(rows, dim).to(dtype)
-    weight = (torch.randn(vocabulary, dim) * 3 * dim**-0.5).to(dtype)
-    weights = torch.rand(rows) / rows
-    weights[rows // 2 :: 3] = 0
-    return hidden, weight, torch.randint(0, vocabulary, (rows,)), weights
+    hidden = torch.randn(rows, dim, device=device).to(dtype)
+    weight = (torch.randn(vocabulary, dim, device=device) * 3 * dim**-0.5).to(dtype)
+    weights = torch.rand(rows, device=device) / rows
+    weights[1 + rows // 2 :: 3] = 0
+    return hidden, weight, torch.randint(0, vocabulary, (rows,), device=device), weights
+
+
+def results(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], frozen: bool, **options: int) -> list[Tensor]:
+    """Loss and gradients, with the loss scale that fp16 trains with: without it torch's own gradient vanishes."""
+    hidden, weight, labels, weights = inputs
+    h, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_(not frozen)
+    loss = function(h, w, labels, weights, **options)
+    return [loss.detach(), *torch.autograd.grad(loss * 1024, [h] if frozen else [h, w])]
+
+
+def check(inputs: tuple[Tensor, ...], frozen: bool, **options: int) -> None:
+    """The rule: error at most twice that of torch's expression in the same dtype."""
+    exact = tuple(x.double() if x.is_floating_point() else x for x in inputs)
+    ours = results(linear_cross_entropy, inputs, frozen, **options)
+    values = zip(ours, results(expression, inputs, frozen), results(expression, exact, frozen), strict=True)
+    for name, value in zip(("loss", "dhidden", "dweight"), values, strict=False):
+        assert_within_twice(*value, name)
+
+
+@pytest.fixture
+def dtype(request: pytest.FixtureRequest, backend: str) -> torch.dtype:
+    chosen: torch.dtype = request.param
+    if backend == "triton" and chosen == torch.bfloat16 and not ON_GPU:
+        pytest.skip("Triton's interpreter truncates bf16")
+    return chosen
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "vocabulary", "dim"), [(1, 97, 64), (127, 1000, 72), (257, 515, 80), (9, 32000, 64)])
-def test_error_is_torchs_own(rows: int, vocabulary: int, dim: int, dtype: torch.dtype, frozen: bool) -> None:
-    """With the loss scale that fp16 trains with: without it torch's own gradient vanishes."""
-    hidden, weight, labels, weights = problem(rows, vocabulary, dim, dtype)
-    results = []
-    for function, to in ((linear_cross_entropy, dtype), (expression, dtype), (expression, torch.float64)):
-        h, w = hidden.to(to, copy=True).requires_grad_(), weight.to(to, copy=True).requires_grad_(not frozen)
-        loss: Any = function(h, w, labels, weights)
-        grads = torch.autograd.grad(loss * 1024, [h] if frozen else [h, w])
-        results.append([loss.detach(), *grads])
-    for name, *values in zip(("loss", "dhidden", "dweight")[: 2 if frozen else 3], *results, strict=True):
-        assert_within_twice(*values, name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str, indirect=True)
+@pytest.mark.parametrize("shape", [(1, 97, 64), (33, 1000, 72), (17, 515, 80), (9, 32003, 64)], ids=str)
+def test_error_is_at_most_twice_that_of_torch(
+    backend: str, shape: tuple[int, int, int], dtype: torch.dtype, frozen: bool, device: torch.device
+) -> None:
+    check(problem(*shape, dtype, device), frozen)
+
+
+@pytest.mark.parametrize("dtype", DTYPES if ON_GPU else DTYPES[:2], ids=str)
+def test_random_shapes(triton_backend: None, dtype: torch.dtype, device: torch.device) -> None:
+    draw = torch.Generator().manual_seed(0)
+
+    def up_to(largest: int) -> int:
+        return 1 + int(torch.randint(largest, (), generator=draw))
+
+    for _ in range(RANDOM_SHAPES):
+        vocabulary = 1 + up_to(131072 if ON_GPU else 9000)
+        rows = up_to(min(4096, 2**24 // vocabulary) if ON_GPU else 12)
+        dim = up_to(512 if ON_GPU else 96)
+        budget = up_to(2**29)
+        check(problem(rows, vocabulary, dim, dtype, device), frozen=up_to(2) == 1, memory_budget=budget)
 
 
 @pytest.mark.parametrize("frozen", [True, False])
@@ -54,40 +108,80 @@ def test_gradcheck(frozen: bool) -> None:
         assert torch.autograd.gradcheck(lambda h, w, f=function: f(h, w, labels, weights), (hidden, weight))
 
 
-@pytest.mark.parametrize("frozen", [True, False])
-def test_chunks_do_not_show(frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    hidden, weight, labels, weights = problem(300, 130, 32)
-    results = []
-    for smallest in (1024, 128):
-        monkeypatch.setattr(module, "SMALLEST_CHUNK", smallest)
-        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)
-        loss = linear_cross_entropy(h, w, labels, weights, memory_budget=1)
-        results.append([loss.detach(), *torch.autograd.grad(loss, [h] if frozen else [h, w])])
-    for whole, pieces in zip(*results, strict=True):
-        torch.testing.assert_close(whole, pieces, rtol=1e-5, atol=1e-8)
+def test_chunks_do_not_show(backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = problem(140, 130, 32, device=device)
+    whole = results(linear_cross_entropy, inputs, frozen=False, memory_budget=1)
+    monkeypatch.setattr(module, "SMALLEST_CHUNK", 128)
+    for one, pieces in zip(whole, results(linear_cross_entropy, inputs, frozen=False, memory_budget=1), strict=True):
+        torch.testing.assert_close(one, pieces, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("budget", [2**20, 2**28, 2**30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("vocabulary", [100, 32000, 128256])
-def test_chunk_rows(vocabulary: int, dtype: torch.dtype, budget: int) -> None:
+@pytest.mark.parametrize(("vocabulary", "pitch"), [(100, 128), (32000, 32000), (50295, 50304), (128256, 128256)])
+def test_chunk_rows(vocabulary: int, pitch: int, dtype: torch.dtype, budget: int) -> None:
     rows = chunk_rows(vocabulary, dtype, budget)
-    row_bytes = vocabulary * (4 if dtype == torch.float32 else 6)
+    row_bytes = pitch * dtype.itemsize
     assert rows % 128 == 0
     assert rows == 1024 or (rows > 1024 and rows * row_bytes <= budget < (rows + 128) * row_bytes)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+class Peak(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made, and alive at once at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and (key := x.untyped_storage()._cdata) not in before | self.live.keys():
+                self.live[key] = x.untyped_storage().nbytes()
+                weakref.finalize(x.untyped_storage(), self.live.pop, key)
+        self.most = max(self.most, sum(self.live.values()))
+        return out
+
+
+def test_memory_stays_within_the_budget(
+    triton_backend: None, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two chunks in one buffer, and dhidden."""
+    monkeypatch.setattr(module, "SMALLEST_CHUNK", 128)
+    inputs = problem(130, 4001, 16, torch.float16, device)
+    budget = 128 * 4001 * 2
+    with Peak() as peak:
+        loss, dhidden = results(linear_cross_entropy, inputs, frozen=True, memory_budget=budget)
+    assert budget <= peak.most - dhidden.nbytes <= 1.1 * budget
+    assert torch.isfinite(loss)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="asks CUDA's allocator")
+def test_memory_of_a_real_head(device: torch.device) -> None:
+    """1,024 rows of the largest vocabulary fit the default budget."""
+    budget = 256 * 2**20
+    inputs = problem(3000, 128256, 256, torch.bfloat16, device)
+    results(linear_cross_entropy, inputs, frozen=True)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    results(linear_cross_entropy, inputs, frozen=True)
+    assert torch.cuda.max_memory_allocated() - before <= 1.1 * budget
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str, indirect=True)
 @pytest.mark.parametrize(("quantize", "dequantize"), [(quantize_nf4, dequantize_nf4), (quantize_int8, dequantize_int8)])
-def test_packed_head_is_its_dequantized_weight(quantize: Any, dequantize: Any, dtype: torch.dtype) -> None:
-    hidden, weight, labels, weights = problem(20, 97, 48, dtype)
-    packed = quantize(weight)
-    h = hidden.clone().requires_grad_()
-    loss = linear_cross_entropy(h, packed, labels, weights)
-    h2 = hidden.clone().requires_grad_()
-    same = linear_cross_entropy(h2, dequantize(packed, dtype), labels, weights)
-    assert torch.equal(loss, same)
-    assert torch.equal(*torch.autograd.grad(loss, h), *torch.autograd.grad(same, h2))
+def test_packed_head_is_its_dequantized_weight(
+    backend: str, quantize: Any, dequantize: Any, dtype: torch.dtype, device: torch.device
+) -> None:
+    hidden, weight, labels, weights = problem(20, 97, 48, dtype, device)
+    packed, values = quantize(weight), []
+    for head in (packed, dequantize(packed, dtype)):
+        h = hidden.clone().requires_grad_()
+        loss = linear_cross_entropy(h, head, labels, weights)
+        values.append((loss, *torch.autograd.grad(loss, h)))
+    assert all(torch.equal(a, b) for a, b in zip(*values, strict=True))
 
 
 def test_packed_head_is_dequantized_once_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,20 +198,23 @@ def test_packed_head_is_dequantized_once_a_call(monkeypatch: pytest.MonkeyPatch)
     assert calls == [1]
 
 
-def test_trained_head_of_another_dtype() -> None:
-    hidden, weight, labels, weights = problem(40, 97, 48, torch.bfloat16)
-    master = weight.float().requires_grad_()
-    linear_cross_entropy(hidden, master, labels, weights).backward()
-    expected = torch.autograd.grad(expression(hidden.float(), w := weight.float().requires_grad_(), labels, weights), w)
-    assert master.grad is not None
-    assert master.grad.dtype == torch.float32
-    assert (master.grad - expected[0]).norm() < 0.01 * expected[0].norm()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str, indirect=True)
+def test_trained_head_of_another_dtype(
+    backend: str, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An fp32 head of a 16-bit model: its gradient is summed over the chunks and returned in fp32."""
+    monkeypatch.setattr(module, "SMALLEST_CHUNK", 128)
+    hidden, weight, labels, weights = problem(130, 97, 48, dtype, device)
+    _, _, dweight = results(linear_cross_entropy, (hidden, weight.float(), labels, weights), False, memory_budget=1)
+    _, _, expected = results(expression, (hidden.float(), weight.float(), labels, weights), False)
+    assert dweight.dtype == torch.float32
+    assert (dweight - expected).norm() < 0.01 * expected.norm()
 
 
-def test_fp16_gradient_survives_a_large_denominator() -> None:
+def test_fp16_gradient_survives_a_large_denominator(backend: str, device: torch.device) -> None:
     """Weights of 1e-6 lie below fp16's normal range; the loss scale brings the gradient back."""
-    hidden, weight, labels, _ = problem(64, 500, 32, torch.float16)
-    weights = torch.full((64,), 1e-6)
+    hidden, weight, labels, _ = problem(24, 500, 32, torch.float16, device)
+    weights = torch.full((24,), 1e-6, device=device)
     h, wide = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
     (linear_cross_entropy(h, weight, labels, weights) * 65536).backward()
     (expression(wide, weight.double(), labels, weights.double()) * 65536).backward()
@@ -126,18 +223,55 @@ def test_fp16_gradient_survives_a_large_denominator() -> None:
     assert (h.grad - wide.grad).norm() < 2e-3 * wide.grad.norm()
 
 
-def test_large_logits_stay_finite() -> None:
-    hidden = torch.tensor([[200.0], [-200.0], [1.0]], requires_grad=True)
-    weight = torch.tensor([[10.0], [-10.0], [0.0]])
-    loss = linear_cross_entropy(hidden, weight, torch.tensor([0, 0, 2]), torch.ones(3))
+def test_fp16_gradient_of_a_sure_row_of_small_weight_survives(backend: str, device: torch.device) -> None:
+    """As torch's does, whose logits have a gradient that is multiplied by weight and loss scale."""
+    _, weight, labels, _ = problem(32, 1000, 64, torch.float16, device)
+    sure = 14 * weight[labels] / weight[labels].square().sum(1, keepdim=True)  # 14 is the label's logit
+    weights = torch.full((32,), 1 / 128, device=device)
+    weights[16:] = 1 / 20_000
+
+    def small(function: Callable[..., Tensor], h: Tensor, *rest: Tensor) -> Tensor:
+        h = h.clone().requires_grad_()
+        return torch.autograd.grad(function(h, *rest) * 65536, h)[0][16:].double()
+
+    exact = small(expression, sure.double(), weight.double(), labels, weights.double())
+    error, allowed = (
+        (small(function, sure, weight, labels, weights) - exact).norm()
+        for function in (linear_cross_entropy, expression)
+    )
+    assert allowed < 0.1 * exact.norm()
+    assert error <= 2 * allowed
+
+
+def test_fp16_gradient_survives_a_large_factor(triton_backend: None, device: torch.device) -> None:
+    """65,536 is infinite in fp16."""
+    gradient = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).to(device, torch.float16)
+    big, small = torch.tensor(65536.0 * 4, device=device), torch.tensor(2.0**-18, device=device)
+    assert torch.equal(scale_gradient(gradient, big, small, torch.float16), gradient)
+    assert torch.equal(scale_gradient(gradient / 8, big, small / 4, torch.float32), gradient.float() / 32)
+
+
+def test_large_logits_stay_finite(backend: str, device: torch.device) -> None:
+    hidden = torch.tensor([[200.0], [-200.0], [1.0]], device=device, requires_grad=True)
+    weight = torch.tensor([[10.0], [-10.0], [0.0]], device=device)
+    loss = linear_cross_entropy(hidden, weight, torch.tensor([0, 0, 2], device=device), torch.ones(3, device=device))
     loss.backward()
     assert hidden.grad is not None
     assert loss.item() == pytest.approx(4000 + 10, abs=0.01)
     assert torch.isfinite(hidden.grad).all()
 
 
-def test_rows_of_weight_zero_do_not_count() -> None:
-    hidden, weight, labels, weights = problem(30, 97, 48)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_one_logit_that_is_not_finite_shows(backend: str, bad: float, device: torch.device) -> None:
+    hidden, weight, labels, weights = problem(1, 300, 8, device=device)
+    hidden[0, 3] = 1.0
+    weight[(labels + 5) % 300, 3] = bad
+    assert not torch.isfinite(linear_cross_entropy(hidden, weight, labels, weights))
+
+
+def test_rows_of_weight_zero_do_not_count(backend: str, device: torch.device) -> None:
+    hidden, weight, labels, weights = problem(30, 97, 48, device=device)
     h = hidden.clone().requires_grad_()
     loss = linear_cross_entropy(h, weight, labels, weights)
     loss.backward()
@@ -147,30 +281,81 @@ def test_rows_of_weight_zero_do_not_count() -> None:
     kept = weights > 0
     torch.testing.assert_close(loss, linear_cross_entropy(hidden[kept], weight, labels[kept], weights[kept]))
     h.grad = None
-    nothing = linear_cross_entropy(h, weight, labels, torch.zeros(30))
+    nothing = linear_cross_entropy(h, weight, labels, torch.zeros(30, device=device))
     nothing.backward()
     assert nothing.item() == 0.0
     assert not h.grad.any()
 
 
+def rows_of(logits: Tensor, labels: list[int], weights: list[float], gradient: bool = True) -> tuple[Tensor, Tensor]:
+    """Losses, and what stands in the logits afterwards."""
+    result, device = logits.clone(), logits.device
+    losses = torch.full((len(labels),), 7.0, device=device)
+    on_device = torch.tensor(labels, device=device), torch.tensor(weights, device=device)
+    cross_entropy_rows(result, *on_device, torch.tensor(max(weights), device=device), losses, gradient)
+    return losses, result
+
+
+def test_a_row_of_weight_zero_is_not_read(triton_backend: None, device: torch.device) -> None:
+    logits = torch.randn(2, 5000, generator=torch.Generator().manual_seed(0)).to(device)
+    logits[0] = float("nan")
+    losses, gradient = rows_of(logits, [3, 4], [0.0, 0.5])
+    assert losses[0] == 0.0
+    assert not gradient[0].any()
+    torch.testing.assert_close(losses[1], 0.5 * F.cross_entropy(logits[1], torch.tensor(4, device=device)))
+
+
+def test_a_label_outside_of_the_vocabulary_makes_the_loss_nan(triton_backend: None, device: torch.device) -> None:
+    logits = torch.randn(4, 40, generator=torch.Generator().manual_seed(0)).to(device)
+    losses, _ = rows_of(logits, [-100, 40, 2**32 + 5, 5], [1.0] * 4)
+    assert torch.isnan(losses).tolist() == [True, True, True, False]
+
+
+def test_without_a_gradient_the_logits_stay(triton_backend: None, device: torch.device) -> None:
+    logits = torch.randn(2, 40, generator=torch.Generator().manual_seed(0)).to(device)
+    losses, after = rows_of(logits, [1, 2], [1.0, 0.0], gradient=False)
+    assert torch.equal(after, logits)
+    assert torch.equal(losses, rows_of(logits, [1, 2], [1.0, 0.0])[0])
+
+
+def test_rows_that_overlap_are_refused(triton_backend: None, device: torch.device) -> None:
+    with pytest.raises(ValueError, match=r"multiples of 8 elements, got strides \(97, 1\)"):
+        rows_of(torch.zeros(2, 97, device=device), [0, 1], [1.0, 1.0])
+
+
+@triton.jit
+def logarithm_kernel(x_ptr: tl.tensor, SIZE: tl.constexpr) -> None:
+    at = tl.arange(0, SIZE)
+    tl.store(x_ptr + at, logarithm(tl.load(x_ptr + at)))
+
+
+def test_logarithm(device: torch.device) -> None:
+    """To two ulps, near 1 too."""
+    x = torch.rand(4096, generator=torch.Generator().manual_seed(0)).mul_(12).exp_()
+    x[:2048] = 1 + x[:2048] * 1e-6
+    x[0] = 1.0
+    exact = x.double().log()
+    got = x.to(device)
+    logarithm_kernel[(1,)](got, SIZE=4096)
+    assert got[0] == 0.0
+    assert ((got.cpu().double() - exact).abs() <= 2.4e-7 * exact).all()
+
+
 @pytest.mark.parametrize("frozen", [True, False])
-def test_no_rows(frozen: bool) -> None:
-    hidden, weight = torch.randn(0, 8, requires_grad=True), torch.randn(11, 8, requires_grad=not frozen)
-    loss = linear_cross_entropy(hidden, weight, torch.zeros(0, dtype=torch.int64), torch.zeros(0))
-    loss.backward()
+def test_no_rows(backend: str, frozen: bool, device: torch.device) -> None:
+    loss, dhidden, *dweight = results(linear_cross_entropy, problem(0, 11, 8, device=device), frozen)
     assert (loss.item(), loss.dtype) == (0.0, torch.float32)
-    assert hidden.grad is not None
-    assert hidden.grad.shape == (0, 8)
-    assert frozen or not weight.grad.any()  # type: ignore[union-attr]
+    assert dhidden.shape == (0, 8)
+    assert frozen or not dweight[0].any()
 
 
 def test_forward_only_where_no_gradient_can_follow(monkeypatch: pytest.MonkeyPatch) -> None:
-    hidden, weight, labels, weights = problem(9, 50, 8)
+    hidden, weight, labels, weights = problem(10, 97, 48)
     asked: list[tuple[bool, bool]] = []
     compute = module._loss_and_gradients
 
     def spy(*args: Any) -> Any:
-        asked.append(args[-2:])
+        asked.append(args[5:7])
         return compute(*args)
 
     monkeypatch.setattr(module, "_loss_and_gradients", spy)
@@ -183,17 +368,27 @@ def test_forward_only_where_no_gradient_can_follow(monkeypatch: pytest.MonkeyPat
     assert asked == [(False, False), (False, False), (True, False), (False, True)]
 
 
-def test_strided_input_and_repeatability() -> None:
-    hidden, weight, labels, weights = problem(60, 97, 48)
-    strided = hidden.T.contiguous().T
-    results = []
-    for x in (hidden, hidden, strided):
-        leaf = x.detach().requires_grad_()
-        loss = linear_cross_entropy(leaf, weight, labels, weights)
-        results.append((loss.detach(), torch.autograd.grad(loss, leaf)[0]))
-    assert all(torch.equal(a, b) for a, b in zip(*results[:2], strict=True))
-    for a, b in zip(*results[1:], strict=True):
-        torch.testing.assert_close(a, b)
+def test_strided_input_and_repeatability(backend: str, device: torch.device) -> None:
+    hidden, weight, labels, weights = problem(20, 97, 48, device=device)
+    twice = torch.stack((hidden, hidden), 1), torch.stack((labels, labels), 1), torch.stack((weights, weights), 1)
+    first, second = (results(linear_cross_entropy, (hidden, weight, labels, weights), False) for _ in range(2))
+    strided = (hidden.T.contiguous().T, weight.T.contiguous().T, twice[1][:, 0], twice[2][:, 0])
+    others = (
+        results(linear_cross_entropy, strided, False),
+        results(linear_cross_entropy, (twice[0][:, 0], *strided[1:]), False),
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    for other in others:
+        for a, b in zip(first, other, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_the_graph_may_be_walked_twice(backend: str, device: torch.device) -> None:
+    hidden, weight, labels, weights = problem(20, 97, 48, device=device)
+    hidden.requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, labels, weights)
+    first, second = (torch.autograd.grad(loss, hidden, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
 
 
 def test_wrong_shapes_are_refused() -> None:

@@ -8,13 +8,15 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from kernels import samples
-from kernels.dispatch import PRIMITIVES, recording
-from kernels.launches import LAUNCHES
+from kernels.dispatch import PRIMITIVES, Primitive, recording, run
+from kernels.launches import LAUNCHES, Launch
 from kernels.samples import Call, Draw
-from kernels.traffic import Traffic, count_all
+from kernels.traffic import Traffic, count, count_all
 
 TOKENS, WIDTH = 40, 64
 SAMPLED = [
@@ -27,13 +29,59 @@ DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if torch.cuda.is_ava
 # Bytes moved over the least possible at kernels/traffic.py's size; 1.00 is a kernel that touches every byte once.
 # Where it is more, kernels/<op>.py says why.
 RATIO = {
-    "rms_norm_forward": 1.00,
-    "rms_norm_backward": 1.00,
-    "rms_norm_dweight": 1.01,
+    "lora_down, 3 of rank 128": 1.00,
+    "lora_down, 2 of rank 64": 1.00,
+    "lora_down, rank 8": 1.00,
+    "lora_update_, 3 of rank 128": 1.82,
+    "lora_update_, 2 of rank 64": 1.47,
+    "lora_update_, rank 8": 1.05,
+    "lora_outer, 3 of rank 128": 1.69,
+    "lora_outer, 2 of rank 64": 1.53,
+    "lora_outer, rank 8": 1.08,
+    "lora_outer, no dropout, 3 of rank 128": 1.53,
+    "lora_outer, no dropout, 2 of rank 64": 1.39,
+    "lora_outer, no dropout, rank 8": 1.08,
+    "rope_turn, interleaved": 1.00,
+    "rope_turn, half-split, grouped-query": 1.00,
+    "rope_turn, partial": 1.00,
+    "rope_turn_, partial": 1.00,
+    "adamw_squares, fp32 weights": 1.00,
+    "adamw_squares, 16-bit weights": 1.00,
+    "adamw_update, fp32 weights": 1.00,
+    "adamw_update, 16-bit weights": 1.00,
+    "norm_forward, RMSNorm": 1.00,
+    "norm_forward, add and RMSNorm": 1.00,
+    "norm_backward, RMSNorm": 1.00,
+    "norm_backward, add and RMSNorm": 1.00,
+    "norm_daffine, RMSNorm": 1.02,
+    "norm_forward, LayerNorm": 1.00,
+    "norm_forward, add and LayerNorm": 1.00,
+    "norm_backward, LayerNorm": 1.00,
+    "norm_backward, add and LayerNorm": 1.00,
+    "norm_backward, two branches": 1.00,
+    "norm_daffine, LayerNorm": 1.03,
+    "attention_forward, causal, grouped": 1.93,
+    "attention_forward, bidirectional": 1.49,
+    "attention_dq, causal, grouped": 1.52,
+    "attention_dq, bidirectional": 1.33,
+    "attention_dkdv, causal, grouped": 1.37,
+    "attention_dkdv, bidirectional": 1.33,
     "bias_act_forward, silu": 1.00,
     "bias_act_forward, gelu": 1.00,
-    "bias_act_backward, silu": 1.01,
-    "bias_act_backward, gelu": 1.01,
+    "bias_act_forward, gelu_tanh": 1.00,
+    "bias_act_forward, no bias": 1.00,
+    "bias_act_backward, silu": 1.02,
+    "bias_act_backward, gelu": 1.02,
+    "bias_act_backward, gelu_tanh": 1.02,
+    "bias_act_backward, no bias": 1.00,
+    "bias_act_backward, frozen bias": 1.00,
+    "linear_act_forward, gelu": 1.49,
+    "linear_act_forward, quick_gelu, z not kept": 1.67,
+    "linear_act_forward, silu, narrow": 1.00,
+    "swiglu_forward, separate": 1.00,
+    "swiglu_forward, packed": 1.00,
+    "swiglu_backward, separate": 1.00,
+    "swiglu_backward, packed": 1.00,
     "norm_mma_forward, RMSNorm": 1.9,
     "norm_mma_forward, LayerNorm": 2.34,
     "norm_mma_backward, RMSNorm": 1.91,
@@ -41,6 +89,10 @@ RATIO = {
     "norm_mma_dadapter, RMSNorm": 1.23,
     "norm_mma_dadapter, LayerNorm": 1.24,
     "norm_mma_dmix": 1.00,
+    "cross_entropy_rows, loss": 1.00,
+    "cross_entropy_rows, loss and gradient": 1.5,
+    "scale_gradient, hidden": 1.00,
+    "scale_gradient, head": 1.00,
 }
 
 
@@ -99,6 +151,32 @@ def test_the_same_bits_twice_without_waiting(op: str, index: int, dtype: torch.d
             result = each.registered.op(*each.arguments)
         outcomes.append(list(tensors((each.arguments, result))))
     assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+
+
+@triton.jit
+def wasteful_kernel(
+    x_ptr: tl.tensor, weight_ptr: tl.tensor, sums_ptr: tl.tensor, scratch_ptr: tl.tensor, COLS: tl.constexpr
+) -> None:
+    """Reads a row of 5 channels twice, the weight, and a sum that it adds to and that passes through the scratch."""
+    cols = tl.arange(0, COLS)
+    x_ptr += tl.program_id(0) * 5
+    x = tl.load(x_ptr + cols, mask=cols < 5) + tl.load(x_ptr + 4 - cols, mask=cols < 5)
+    total = tl.sum(x * tl.load(weight_ptr + cols, mask=cols < 5))
+    tl.store(scratch_ptr, total + tl.load(sums_ptr))
+    tl.store(sums_ptr, tl.load(scratch_ptr))
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="counted in the interpreter")
+def test_which_accesses_are_traffic(monkeypatch: pytest.MonkeyPatch) -> None:
+    def launcher(x: Tensor, weight: Tensor, sums: Tensor) -> None:
+        run(wasteful_kernel, (3,), Launch(rows=1, cols=8, warps=1), x, weight, sums, torch.zeros(1))
+
+    monkeypatch.setitem(PRIMITIVES, "wasteful", Primitive(op=launcher, launcher=launcher))
+    row = count(Call("wasteful", (torch.ones(3, 5), torch.ones(5), torch.zeros(1))), tokens=3)
+    x, weight, value = 3 * 5 * 4, 5 * 4, 4
+    assert row.least == x + weight + 2 * value
+    assert row.moved == 2 * x + weight + 3 * 2 * value + 3 * 2 * value
+    assert row.reloads == 2 * weight
 
 
 @pytest.fixture(scope="module")

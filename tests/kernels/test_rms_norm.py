@@ -1,43 +1,79 @@
-"""RMSNorm and LayerNorm against torch's own expression, forward and backward, with either backend."""
+"""RMSNorm, alone and behind a residual add, against torch's own expression, with either backend."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.layer_norm import layer_norm, layer_norm_reference
-from kernels.rms_norm import rms_norm, rms_norm_backward, rms_norm_dweight, rms_norm_forward, rms_norm_reference
+from kernels.dispatch import recording
+from kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_reference
 from tests.kernels.tolerance import assert_within_twice
 
 EPS = 1e-5
-SHAPES = [(1, 64), (127, 96), (257, 64), (33, 1024), (2, 1100)]  # 1100: whole rows in a wider tile
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if torch.cuda.is_available() else [])
+SHAPES = [(1, 64), (33, 96), (5, 576), (1, 1100)]  # rows of one tile and of several, whole and ragged
+RANDOM_SHAPES, TOKENS, WIDTHS = 4, 24, (17, 250, 300)
+if torch.cuda.is_available():
+    SHAPES += [(127, 1024), (257, 1152), (577, 2730), (729, 5120), (33, 8192), (2, 16384)]
+    RANDOM_SHAPES, TOKENS, WIDTHS = 200, 4096, (1, 17, 64, 250, 1024, 1152, 2560, 2730, 4096, 5120, 11008, 16384)
+
+Norm = Callable[[Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor]]
 
 
-def eager(x: Tensor, weight: Tensor) -> Tensor:
-    """LLaMA's expression."""
-    return (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + EPS)).to(x.dtype) * weight
+def ours(cast_before_weight: bool = True) -> Norm:
+    return lambda x, delta, weight: add_rms_norm(x, delta, weight, EPS, cast_before_weight=cast_before_weight)
 
 
-def exact(x: Tensor, weight: Tensor) -> Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * weight
+def torchs(cast_before_weight: bool = True) -> Norm:
+    """LLaMA's expression or Gemma's; in fp64 they are one."""
+
+    def norm(x: Tensor, delta: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+        stream = x if delta is None else x + delta
+        wide = stream.to(torch.promote_types(x.dtype, torch.float32))
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)
+        y = normed.to(x.dtype) * weight if cast_before_weight else normed * weight.to(wide.dtype)
+        return stream, y.to(x.dtype)
+
+    return norm
 
 
-def inputs(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """x, delta, weight, and the gradients of stream and y."""
     generator = torch.Generator().manual_seed(sum(shape))
-    x, dy = (torch.randn(shape, generator=generator) for _ in range(2))
+    x, delta, dstream, dy = (torch.randn(shape, generator=generator) for _ in range(4))
     weight = 1 + torch.randn(shape[1], generator=generator) / 4
-    return tuple(tensor.to(device, dtype) for tensor in (3 * x, weight, dy))
+    return tuple(tensor.to(device, dtype) for tensor in (3 * x, delta, weight, dstream, dy))
 
 
-def results(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, dy: Tensor) -> list[Tensor]:
-    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
-    y = function(x, weight)
-    return [y.detach(), *torch.autograd.grad(y, (x, weight), dy)]
+def results(
+    norm: Norm, x: Tensor, delta: Tensor | None, weight: Tensor, dstream: Tensor | None, dy: Tensor | None
+) -> list[Tensor]:
+    """stream, y and the gradients of x, delta, weight; without those of an absent delta or an unused weight."""
+    leaves = [None if tensor is None else tensor.detach().requires_grad_() for tensor in (x, delta, weight)]
+    outputs = norm(*leaves)
+    used = [(output, grad) for output, grad in zip(outputs, (dstream, dy), strict=True) if grad is not None]
+    torch.autograd.backward(*map(list, zip(*used, strict=True)))
+    grads = [leaf.grad for leaf in leaves if leaf is not None and leaf.grad is not None]
+    return [*(output.detach() for output in outputs), *grads]
+
+
+def assert_accurate(
+    x: Tensor, delta: Tensor | None, weight: Tensor, dstream: Tensor | None, dy: Tensor | None, cast: bool = True
+) -> None:
+    arguments = (x, delta, weight, dstream, dy)
+    exact = [None if tensor is None else tensor.double() for tensor in arguments]
+    found, allowed, truth = (
+        results(ours(cast), *arguments),
+        results(torchs(cast), *arguments),
+        results(torchs(), *exact),
+    )
+    for what, a, b, c in zip(("stream", "y", "gradient", "gradient", "gradient"), found, allowed, truth, strict=False):
+        assert_within_twice(a, b, c, what)
+    assert len(found) == len(allowed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -45,111 +81,122 @@ def results(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Ten
 def test_error_is_at_most_twice_that_of_torch(
     backend: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> None:
-    x, weight, dy = inputs(shape, dtype, device)
-    ours = results(lambda x, w: rms_norm(x, w, EPS), x, weight, dy)
-    torchs = results(eager, x, weight, dy)
-    truth = results(exact, x.double(), weight.double(), dy.double())
-    for what, a, b, c in zip(("y", "dx", "dweight"), ours, torchs, truth, strict=True):
-        assert_within_twice(a, b, c, what)
+    x, delta, weight, dstream, dy = inputs(shape, dtype, device)
+    assert_accurate(x, delta, weight, dstream, dy)
+    assert_accurate(x, None, weight, None, dy, cast=False)
 
 
-def test_the_cast_comes_before_the_weight(triton_backend: None, device: torch.device) -> None:
-    """As in LLaMA; the other order gives other fp16 values in every fifth place."""
-    x, weight, _ = inputs((64, 96), torch.float16, device)
-    y, expected = rms_norm(x, weight, EPS), rms_norm_reference(x, weight, EPS)
-    other_order = (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + EPS) * weight.float()).half()
-    assert (y != expected).float().mean() < 0.01
-    assert (y != other_order).float().mean() > 0.1
+@pytest.mark.parametrize("index", range(RANDOM_SHAPES))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_random_shapes(triton_backend: None, dtype: torch.dtype, index: int, device: torch.device) -> None:
+    choice = random.Random(index)
+    x, delta, weight, dstream, dy = inputs((choice.randint(1, TOKENS), choice.choice(WIDTHS)), dtype, device)
+    assert_accurate(
+        x,
+        choice.choice((delta, None)),
+        weight.to(choice.choice((dtype, torch.float32))),
+        choice.choice((dstream, None)),
+        dy,
+        cast=choice.choice((True, False)),
+    )
 
 
-def test_strided_input_and_gradient(backend: str, device: torch.device) -> None:
-    wide_x, weight, wide_dy = inputs((40, 192), torch.float32, device)
-    x, weight, dy = wide_x[::2, :96], weight[:96], wide_dy[1::2, 96:]
-    ours = results(lambda x, w: rms_norm(x, w, EPS), x, weight, dy)
-    expected = results(eager, x.contiguous(), weight, dy.contiguous())
-    transposed = results(lambda x, w: rms_norm(x, w, EPS), x.T.contiguous().T, weight, dy.T.contiguous().T)
-    for a, b, c in zip(ours, expected, transposed, strict=True):
-        torch.testing.assert_close(a, b)
-        torch.testing.assert_close(c, b)
+@pytest.mark.parametrize("with_delta", [True, False], ids=["delta", "no delta"])
+@pytest.mark.parametrize("used", ["stream", "y", "both"])
+def test_gradients_of_either_output(backend: str, with_delta: bool, used: str, device: torch.device) -> None:
+    x, delta, weight, dstream, dy = inputs((9, 96), torch.float16, device)
+    assert_accurate(
+        x, delta if with_delta else None, weight, None if used == "y" else dstream, None if used == "stream" else dy
+    )
+
+
+def test_the_stream_is_the_rounded_sum_or_x_itself(backend: str, device: torch.device) -> None:
+    x, delta, weight, *_ = inputs((40, 96), torch.float16, device)
+    stream, y = add_rms_norm(x, delta, weight, EPS)
+    assert torch.equal(stream, x + delta)
+    assert torch.equal(y, rms_norm(stream, weight, EPS))  # statistics of the rounded stream
+    stream, y = add_rms_norm(x.requires_grad_(), None, weight, EPS)
+    assert stream.data_ptr() == x.data_ptr()
+    assert torch.equal(y, rms_norm(x, weight, EPS))
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float16, torch.float32], ids=str)
+def test_rounded_before_the_weight_or_after(
+    triton_backend: None, weight_dtype: torch.dtype, device: torch.device
+) -> None:
+    """The two orders give other fp16 values in every fifth place."""
+    x, _, weight, *_ = inputs((64, 96), torch.float16, device)
+    weight = weight.to(weight_dtype)
+    for cast in (True, False):
+        y = rms_norm(x, weight, EPS, cast_before_weight=cast)
+        assert (y != rms_norm_reference(x, weight, EPS, cast_before_weight=cast)).float().mean() < 0.01
+        assert (y != rms_norm_reference(x, weight, EPS, cast_before_weight=not cast)).float().mean() > 0.1
+
+
+def test_strided_inputs_and_gradients(backend: str, device: torch.device) -> None:
+    """Row strides of 192 and 195 channels, columns of any stride, and a gradient that is one row for all."""
+    for width in (192, 195):
+        x, delta, weight, dstream, dy = inputs((10, width), torch.float32, device)
+        parts = x[::2, :96], delta[1::2, 1:97], weight[:96], dstream[::2, 96:192], dy[0, :96].expand(5, 96)
+        expected = results(torchs(), *(part.contiguous() for part in parts))
+        turned = [part if part.ndim == 1 else part.T.contiguous().T for part in parts]
+        for found in (results(ours(), *parts), results(ours(), *turned)):
+            for a, b in zip(found, expected, strict=True):
+                torch.testing.assert_close(a, b)
 
 
 def test_no_tokens(backend: str, device: torch.device) -> None:
-    x, weight, dy = inputs((0, 64), torch.float32, device)
-    y, dx, dweight = results(lambda x, w: rms_norm(x, w, EPS), x, weight, dy)
-    assert y.shape == dx.shape == (0, 64)
+    *outcome, dweight = results(ours(), *inputs((0, 64), torch.float32, device))
+    assert all(tensor.shape == (0, 64) for tensor in outcome)
     assert torch.equal(dweight, torch.zeros(64, device=device))
 
 
-def test_a_frozen_weight_gets_no_gradient_and_costs_none(
-    triton_backend: None, device: torch.device, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+def test_one_kernel_each_way_and_one_more_for_a_trained_weight(
+    triton_backend: None, trained: bool, device: torch.device
 ) -> None:
-    x, weight, dy = inputs((8, 64), torch.float32, device)
-    monkeypatch.setattr("kernels.rms_norm.rms_norm_dweight", None)  # calling it would raise
-    x.requires_grad_()
-    rms_norm(x, weight, EPS).backward(dy)
-    assert x.grad is not None
-    assert weight.grad is None
+    """And of all activations the backward keeps the stream alone."""
+    x, delta, weight, dstream, dy = inputs((8, 64), torch.float32, device)
+    launched: list[str] = []
+    saved: list[Tensor] = []
+    with (
+        recording(lambda kernel, *_: launched.append(kernel.__name__)),
+        torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor),
+    ):
+        outputs = add_rms_norm(x.requires_grad_(), delta, weight.requires_grad_(trained), EPS)
+        torch.autograd.backward(outputs, (dstream, dy))
+    assert launched == ["norm_forward_kernel", "norm_backward_kernel", *trained * ["norm_daffine_kernel"]]
+    assert sum(tensor.numel() for tensor in saved) == 8 * 64 + 64 + 8  # stream, weight, rstd
+    assert (weight.grad is not None) == trained
+
+
+def test_a_frozen_input_costs_no_kernel(triton_backend: None, device: torch.device) -> None:
+    x, _, weight, _, dy = inputs((8, 64), torch.float32, device)
+    launched: list[str] = []
+    with recording(lambda kernel, *_: launched.append(kernel.__name__)):
+        rms_norm(x, weight.requires_grad_(), EPS).backward(dy)
+    assert launched == ["norm_forward_kernel", "norm_daffine_kernel"]
 
 
 def test_results_repeat_bit_for_bit(triton_backend: None, device: torch.device) -> None:
-    x, weight, dy = inputs((600, 64), torch.float32, device)  # three chunks of tokens
-    first, second = (results(lambda x, w: rms_norm(x, w, EPS), x, weight, dy) for _ in range(2))
+    arguments = inputs((130, 32), torch.float32, device)  # three chunks of tokens
+    first, second = (results(ours(), *arguments) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert_within_twice(first[2], results(eager, x, weight, dy)[2], (dy * exact(x, torch.ones(()))).double().sum(0))
+    assert_accurate(*arguments)
 
 
-def test_gradcheck_of_the_references() -> None:
-    x, weight, bias = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 6), (6,), (6,)))
+def test_gradcheck_of_the_reference() -> None:
+    x, weight = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 6), (6,)))
     assert torch.autograd.gradcheck(lambda x, w: rms_norm_reference(x, w, EPS), (x, weight))
-    assert torch.autograd.gradcheck(lambda x, w, b: layer_norm_reference(x, w, b, EPS), (x, weight, bias))
 
 
-def test_primitives_obey_torch_library(device: torch.device) -> None:
-    x, weight, dy = inputs((5, 64), torch.float16, device)
-    y, rstd = rms_norm_forward(x, weight, EPS)
-    torch.library.opcheck(rms_norm_forward, (x, weight, EPS))
-    torch.library.opcheck(rms_norm_backward, (dy, x, weight, rstd))
-    torch.library.opcheck(rms_norm_dweight, (dy, x, rstd))
-    assert y.dtype == torch.float16
-    assert rstd.dtype == torch.float32
-
-
-def test_wrong_shapes_are_named() -> None:
+def test_what_does_not_fit_is_named() -> None:
+    x = torch.zeros(4, 64)
     with pytest.raises(ValueError, match=r"\(4, 64\) and \(32,\)"):
-        rms_norm(torch.zeros(4, 64), torch.zeros(32), EPS)
-    with pytest.raises(ValueError, match=r"\(4, 64\).*\(32,\) and \(64,\)"):
-        layer_norm(torch.zeros(4, 64), torch.zeros(32), torch.zeros(64), EPS)
-    with pytest.raises(ValueError, match=r"torch.float32 wants .* got torch.float16"):
-        layer_norm(torch.zeros(4, 64), torch.zeros(64).half(), torch.zeros(64).half(), EPS)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("affine", [torch.float32, None], ids=["fp32 affine", "same dtype"])
-def test_layer_norm(dtype: torch.dtype, affine: torch.dtype | None, device: torch.device) -> None:
-    x, weight, bias = inputs((127, 96), dtype, device)
-    weight, bias = weight.to(affine or dtype), bias[0].to(affine or dtype)
-    dy = inputs((127, 96), dtype, device)[0].flip(0)
-
-    def torchs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return F.layer_norm(x, (96,), weight.to(x.dtype), bias.to(x.dtype), EPS)
-
-    values = []
-    for function, tensors in (
-        (lambda x, w, b: layer_norm(x, w, b, EPS), (x, weight, bias)),
-        (torchs, (x, weight, bias)),
-        (torchs, (x.double(), weight.double(), bias.double())),
-    ):
-        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-        y = function(*leaves)
-        values.append([y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))])
-    for what, ours, allowed, truth in zip(("y", "dx", "dweight", "dbias"), *values, strict=True):
-        assert_within_twice(ours, allowed, truth, what)
-
-
-def test_fp32_parameters_of_a_layer_norm_keep_no_fp32_copy_of_the_activations(device: torch.device) -> None:
-    x, weight, bias = inputs((127, 96), torch.float16, device)
-    saved: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
-        y = layer_norm(x.requires_grad_(), weight.float(), bias[0].float(), EPS)
-    assert y.dtype == torch.float16
-    assert {tensor.dtype for tensor in saved if tensor.numel() == x.numel()} == {torch.float16}
+        rms_norm(x, torch.zeros(32), EPS)
+    with pytest.raises(ValueError, match=r"\(2, 4, 64\) and \(64,\)"):
+        rms_norm(x.expand(2, 4, 64), torch.zeros(64), EPS)
+    with pytest.raises(ValueError, match=r"\(4, 64\) torch.float32 wants a delta .* got \(3, 64\) torch.float32"):
+        add_rms_norm(x, torch.zeros(3, 64), torch.zeros(64), EPS)
+    with pytest.raises(ValueError, match=r"got \(4, 64\) torch.float16"):
+        add_rms_norm(x, x.half(), torch.zeros(64), EPS)

@@ -1,0 +1,82 @@
+"""The command line of every benchmark: python -m benchmarks.NAME [--quick] [--list] [--output DIR]."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from benchmarks.measure import QUICK, Clock, Effort, ceilings, reason
+from benchmarks.problem import Bench, Case
+from benchmarks.rows import Origin, Recorder, Row
+from benchmarks.session import describe, measure
+
+RESULTS = Path(__file__).parent / "results"
+NO_GPU = 4  # exit code of an environment that cannot do it
+FAILED = 1
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """What the suite and each benchmark take."""
+    parser.add_argument("--quick", action="store_true", help="the goals' cases only, fewer samples, fewer peers")
+    parser.add_argument("--list", action="store_true", help="show what there is and measure nothing")
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="folder of the rows")
+    parser.add_argument("--commit", help="recorded with the rows, where the tree is a copy without git")
+    parser.add_argument("--run", help="go on with the run of this name (the suite does)")
+
+
+def main(bench: Bench, argv: list[str]) -> int:
+    """Measures the cases of one benchmark. Returns 0; 1 where ours failed or is wrong; 4 without a CUDA GPU."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{bench.name}", description=bench.about)
+    add_flags(parser)
+    flags = parser.parse_args(argv)
+    cases = [case for case in bench.cases() if case.quick or not flags.quick]
+    if flags.list:
+        for case in cases:
+            print(f"{case.name}  ({', '.join(case.modes)})")
+        return 0
+    require_gpu()
+    origin = describe(ceilings(), flags.commit, flags.run)
+    print(f"{origin.gpu}: copy {origin.copy_gbps:.0f} GB/s, matrix product {origin.matrix_tflops:.0f} TFLOP/s")
+    recorder = Recorder(flags.output, origin.run)
+    clock = Clock(QUICK if flags.quick else Effort())
+    ours_failed = False
+    for case in cases:
+        for row in _rows(bench, case, clock, origin, flags.quick):
+            recorder.add(row)
+            print(as_text(row), flush=True)
+            ours_failed |= row.failure is not None and row.variant.startswith("nibble")
+    print(f"rows in {recorder.path}")
+    return FAILED if ours_failed else 0
+
+
+def require_gpu() -> None:
+    """Ends the process with exit code 4 and one line where there is no GPU."""
+    if not torch.cuda.is_available():
+        print("benchmarks need a CUDA GPU, and torch finds none", file=sys.stderr)
+        raise SystemExit(NO_GPU)
+
+
+def _rows(bench: Bench, case: Case, clock: Clock, origin: Origin, quick: bool) -> Iterator[Row]:
+    try:
+        yield from measure(bench, case, torch.device("cuda"), clock, origin, quick=quick)
+    except Exception as error:  # no memory for the inputs, a reference that fails: the next case may do
+        yield Row(
+            bench=bench.name, case=dict(case.shape), variant="nibble", dtype="-", mode=None,
+            failure=f"the case could not be measured: {reason(error)}", origin=origin,
+        )  # fmt: skip
+
+
+def as_text(row: Row) -> str:
+    """One line for the terminal."""
+    head = f"{row.bench:<22} {row.name:<34} {row.variant:<14}"
+    if row.failure is not None:
+        return f"{head} {row.mode or '':<9} -- {row.failure}"
+    rate = f"{row.gbps:8.0f} GB/s" if row.gbps else f"{row.tflops:6.1f} TFLOP/s" if row.tflops else ""
+    share = "" if row.fraction is None else f"{row.fraction:6.1%}"
+    spread = f"[{row.ms_q20:.4f}, {row.ms_q80:.4f}]"
+    error = "" if row.error is None else f"error {row.error:.1e}"
+    return f"{head} {row.mode:<9} {row.ms:9.4f} ms {spread} {rate} {share}  {error}"

@@ -1,0 +1,101 @@
+"""Everything that needs a GPU, as one command: tests of the kernels, kernels beside their peers, whole steps.
+
+    python -m benchmarks.suite [--quick] [--only NAME] [--list] [--output DIR]
+
+Each part runs in a process of its own, so that one that fails, or takes the device down, does not stop the others.
+Exit code 0; 1 where a part failed or was not reached in time; 4 without a CUDA GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+from benchmarks.command import FAILED, add_flags, require_gpu
+from benchmarks.problem import Bench
+from benchmarks.session import ROOT, new_run
+
+KERNELS = (
+    "rms_norm", "layer_norm", "norm_mma", "projector", "rope", "swiglu", "attention", "linear_cross_entropy",
+    "lora_linear", "adamw", "dequantize_nf4", "linear_nf4",
+)  # fmt: skip
+BENCHES = (*KERNELS, "step")
+PARTS = ("tests", *BENCHES)
+QUICK_SECONDS = 460.0  # of --quick in all: eight minutes, less what starting and stopping takes
+QUICK_TESTS_SECONDS = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    part: str
+    problem: str  # empty where all is well
+    seconds: float
+
+
+def bench(name: str) -> Bench:
+    """The benchmark of this name."""
+    found: Bench = importlib.import_module(f"benchmarks.{name}").BENCH
+    return found
+
+
+def main(argv: list[str]) -> int:
+    """Runs the parts one after another. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.suite", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_flags(parser)
+    parser.add_argument("--only", choices=PARTS, metavar="NAME", help=f"one part: {', '.join(PARTS)}")
+    flags = parser.parse_args(argv)
+    parts = [flags.only] if flags.only else list(PARTS)
+    if flags.list:
+        for part in parts:
+            print(f"{part:<22} {_about(part)}")
+        return 0
+    require_gpu()
+    run = flags.run or new_run(flags.commit)
+    passed_on = ["--output", str(flags.output.resolve()), "--run", run]
+    passed_on += ["--commit", flags.commit] if flags.commit else []
+    passed_on += ["--quick"] if flags.quick else []
+    deadline = time.monotonic() + QUICK_SECONDS if flags.quick else None
+    outcomes = [_run(part, passed_on, deadline) for part in parts]
+    print("\n" + "\n".join(f"{o.part:<22} {o.seconds:6.1f} s  {o.problem or 'ok'}" for o in outcomes))
+    print(f"rows in {flags.output / run}.jsonl; python -m benchmarks.report makes tables of them")
+    return FAILED if any(o.problem for o in outcomes) else 0
+
+
+def _about(part: str) -> str:
+    if part == "tests":
+        return "tests/kernels on the GPU, where pytest is installed"
+    first_line = bench(part).about.strip().splitlines()[0]
+    return f"{len(bench(part).cases())} cases. {first_line}"
+
+
+def _run(part: str, flags: list[str], deadline: float | None) -> Outcome:
+    start = time.monotonic()
+    left = None if deadline is None else deadline - start
+    if left is not None and left <= 0:
+        return Outcome(part, "not reached: the time of --quick is over", 0.0)
+    words = [sys.executable, "-m", f"benchmarks.{part}", *flags]
+    if part == "tests":
+        if importlib.util.find_spec("pytest") is None:
+            return Outcome(part, "pytest is not installed", 0.0)
+        words = [sys.executable, "-m", "pytest", "-q", "tests/kernels"]
+        if left is not None:
+            words += ["-k", "not random_shapes"]
+            left = min(left, QUICK_TESTS_SECONDS)
+    print(f"\n== {part}", flush=True)
+    try:
+        code = subprocess.run(words, cwd=ROOT, timeout=left, check=False).returncode
+        problem = f"exit code {code}" if code else ""
+    except subprocess.TimeoutExpired:
+        problem = "stopped: its time was over; what it had measured is kept"
+    return Outcome(part, problem, time.monotonic() - start)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

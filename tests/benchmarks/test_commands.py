@@ -1,0 +1,143 @@
+"""The commands off a GPU, what they list, and that a part of the suite that fails does not stop the others."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import command, suite
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize("name", suite.BENCHES)
+def test_a_benchmark_needs_a_gpu(name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command.main(suite.bench(name), ["--output", str(tmp_path)])
+    assert ended.value.code == 4
+    assert capsys.readouterr().err == "benchmarks need a CUDA GPU, and torch finds none\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [["benchmarks.suite", "--quick"], ["benchmarks.rope"]])
+def test_the_process_ends_with_exit_code_4(words: list[str]) -> None:
+    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-m", *words], cwd=ROOT, env=hidden, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (4, "")
+    assert done.stderr.splitlines()[-1] == "benchmarks need a CUDA GPU, and torch finds none"
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_lists_need_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert suite.main(["--list"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in listed] == list(suite.PARTS)
+    assert suite.main(["--list", "--only", "rope"]) == 0
+    assert capsys.readouterr().out.startswith("rope ")
+    assert command.main(suite.bench("rms_norm"), ["--list", "--quick"]) == 0
+    assert "T=512 D=4096 add=0  (forward, backward, full)" in capsys.readouterr().out
+
+
+def test_help_names_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    for main in (suite.main, lambda argv: command.main(suite.bench("rope"), argv)):
+        with pytest.raises(SystemExit) as ended:
+            main(["--help"])
+        assert ended.value.code == 0
+        shown = capsys.readouterr().out
+        assert all(flag in shown for flag in ("--quick", "--list", "--output"))
+
+
+def test_a_part_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        suite.main(["--only", "gemm"])
+    assert ended.value.code == 2
+    assert "rms_norm" in capsys.readouterr().err
+
+
+class Processes:
+    """Stands for subprocess.run: notes what was started, and ends as it is told."""
+
+    def __init__(self, codes: dict[str, int], late: str = "") -> None:
+        self.codes, self.late = codes, late
+        self.started: list[list[str]] = []
+
+    def __call__(self, words: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        self.started.append(words)
+        part = next((name for name in suite.BENCHES if f"benchmarks.{name}" in words), "tests")
+        if part == self.late:
+            raise subprocess.TimeoutExpired(words, 1.0)
+        return subprocess.CompletedProcess(words, self.codes.get(part, 0))
+
+
+def run_suite(monkeypatch: pytest.MonkeyPatch, processes: Processes, *flags: str) -> int:
+    monkeypatch.setattr(suite, "require_gpu", lambda: None)
+    monkeypatch.setattr(suite, "new_run", lambda commit: "run")
+    monkeypatch.setattr(suite.subprocess, "run", processes)
+    return suite.main(list(flags))
+
+
+def test_a_part_that_fails_does_not_stop_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    processes = Processes({"tests": 1, "rope": 139}, late="swiglu")
+    assert run_suite(monkeypatch, processes, "--output", str(tmp_path), "--commit", "abc") == 1
+    assert len(processes.started) == len(suite.PARTS)
+    assert processes.started[0][1:] == ["-m", "pytest", "-q", "tests/kernels"]
+    assert processes.started[1][2:] == [
+        "benchmarks.rms_norm",
+        "--output",
+        str(tmp_path),
+        "--run",
+        "run",
+        "--commit",
+        "abc",
+    ]
+    summary = capsys.readouterr().out
+    assert "exit code 139" in summary and "stopped: its time was over" in summary
+    assert summary.count("  ok\n") == len(suite.PARTS) - 3
+
+
+def test_all_is_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    processes = Processes({})
+    assert run_suite(monkeypatch, processes, "--only", "adamw", "--quick") == 0
+    ((_, _, module, *flags),) = processes.started
+    assert (module, flags[-1]) == ("benchmarks.adamw", "--quick")
+
+
+def test_quick_ends_in_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert suite.QUICK_SECONDS < 480
+    monkeypatch.setattr(suite, "QUICK_SECONDS", 0.0)
+    processes = Processes({})
+    assert run_suite(monkeypatch, processes, "--quick") == 1
+    assert processes.started == []
+    assert capsys.readouterr().out.count("not reached: the time of --quick is over") == len(suite.PARTS)
+
+
+def test_nothing_but_torch_is_needed() -> None:
+    """Told by a fresh interpreter, so that what the modules import in turn counts too."""
+    modules = [f"benchmarks.{name}" for name in ("suite", "report", *suite.BENCHES)]
+    script = f"""
+import importlib, sys
+import numpy, torch, triton
+before = set(sys.modules)
+for module in {modules}:
+    importlib.import_module(module)
+print(*sorted({{module.partition(".")[0] for module in set(sys.modules) - before}}))
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    brought = {module for module in done.stdout.split() if module not in sys.stdlib_module_names}
+    assert brought <= {"torch", "triton", "numpy", "kernels", "models", "engine", "benchmarks"}
