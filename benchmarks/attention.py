@@ -1,9 +1,9 @@
 """Attention of packed samples as long as ScienceQA's, against the same samples padded to 512 tokens (goal G10).
 
 padded is scaled_dot_product_attention on [B, H, 512, d], causal: the flash path, as padded trainers call it; padding
-and unpadding are not timed. nibble is the automatic choice, nibble_triton our own kernel whatever that is: the two, and
-the others, are how PREFERENCES of kernels/attention.py is made. Least operations, within the samples: 4 s^2 H d / 2 forward, 2.5 times that backward
-(FlashAttention's convention).
+and unpadding are not timed. nibble is the automatic choice, nibble_triton our own kernel whatever that is: these and
+the others are what PREFERENCES of kernels/attention.py is made from. Least operations, within the samples:
+4 s^2 H d / 2 forward, 2.5 times that backward (FlashAttention's convention).
 """
 
 from __future__ import annotations

@@ -62,15 +62,15 @@ class Lane:
 
 def draw(problem: Problem, count: int, device: torch.device) -> list[Drawn]:
     """`count` sets of random inputs, with random gradients for the results."""
-    sets = []
+    sets: list[Drawn] = []
+    shapes: list[tuple[int, ...]] = []
     for seed in range(count):
         generator = seeded(device, seed)
         inputs = problem.draw(generator)
-        gradients: tuple[Tensor | None, ...] = ()
-        if problem.differentiable:
+        if problem.differentiable and not shapes:
             with torch.no_grad():
                 shapes = [tuple(result.shape) for result in problem.reference(inputs | _widened(problem, inputs))]
-            gradients = tuple(normal(generator, *s, dtype=problem.dtype) if s else None for s in shapes)
+        gradients = tuple(normal(generator, *shape, dtype=problem.dtype) if shape else None for shape in shapes)
         sets.append(as_leaves(Drawn(inputs, problem.differentiable, gradients)))
     return sets
 

@@ -27,7 +27,7 @@ from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entr
 from kernels.linear_nf4 import linear_nf4
 from kernels.lora_linear import lora_linear, lora_linear_reference
 from kernels.nf4 import BLOCK, BLOCK2, LEVELS, NF4Tensor, dequantize_nf4, dynamic_map, quantize_nf4
-from kernels.norm_mma import norm_mma, norm_mma_reference
+from kernels.norm_mma import add_norm_mma, norm_mma, norm_mma_reference
 from kernels.projector import projector_mlp, projector_mlp_reference
 from kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_reference
 from kernels.rope import rope, rope_reference, rope_table
@@ -180,6 +180,17 @@ def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
         formula=lambda x, dw, db, w0, b0, w1, b1, mix, norm, bias: norm_mma_reference(
             x, norm, bias, EPS, [dw, db, w0, b0, w1, b1], mix, None, 0.5, 0.0, None, 0
         ),
+        decided_as="norm_mma",
+    )  # fmt: skip
+    yield Case(
+        name="add_norm_mma", trained=(draw(T, D), draw(T, D), *adapter, mix), fixed=(draw(D), row),
+        op=lambda x, delta, dw, db, w0, b0, w1, b1, mix, norm, row: torch.cat(
+            add_norm_mma(x, delta, norm, None, EPS, dw, db, w0, b0, w1, b1, mix, row, scale=0.5)
+        ),
+        formula=lambda x, delta, dw, db, w0, b0, w1, b1, mix, norm, row: torch.cat((
+            x + delta,
+            norm_mma_reference(x + delta, norm, None, EPS, [dw, db, w0, b0, w1, b1], mix, row, 0.5, 0.0, None, 0),
+        )),
         decided_as="norm_mma",
     )  # fmt: skip
     yield Case(

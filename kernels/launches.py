@@ -79,19 +79,27 @@ LAUNCHES: dict[str, tuple[Choice, ...]] = {
         Choice(1536, Launch(rows=16, cols=128, warps=4, chunk=64)),
         Choice(ANY, Launch(rows=16, cols=128, warps=4, chunk=128)),
     ),
+    # norm_mma: the last choice of a kernel is that of fp32 rows, of any width, whose products have no tensor cores.
+    "norm_mma_pack": (Choice(ANY, Launch(rows=1, cols=2048, warps=8)),),
     "norm_mma_forward": (
-        Choice(64, Launch(rows=16, cols=64, warps=4)),
-        Choice(ANY, Launch(rows=16, cols=128, warps=4)),
+        Choice(128, Launch(rows=16, cols=128, warps=4)),
+        Choice(1024, Launch(rows=16, cols=1024, warps=16)),
+        Choice(1 << 20, Launch(rows=16, cols=256, warps=8), cards=(80, 86, 89)),
+        Choice(1 << 20, Launch(rows=16, cols=512, warps=16)),
+        Choice(ANY, Launch(rows=16, cols=128, warps=8)),
     ),
     "norm_mma_backward": (
-        Choice(64, Launch(rows=16, cols=64, warps=4)),
-        Choice(ANY, Launch(rows=16, cols=128, warps=4)),
+        Choice(128, Launch(rows=16, cols=128, warps=4)),
+        Choice(1024, Launch(rows=16, cols=512, warps=8)),
+        Choice(1 << 20, Launch(rows=16, cols=256, warps=8), cards=(80, 86, 89)),
+        Choice(1 << 20, Launch(rows=16, cols=512, warps=16)),
+        Choice(ANY, Launch(rows=16, cols=128, warps=8)),
     ),
     "norm_mma_dadapter": (
-        Choice(64, Launch(rows=32, cols=64, warps=4, chunk=256)),
-        Choice(ANY, Launch(rows=32, cols=128, warps=4, chunk=256)),
+        Choice(1 << 20, Launch(rows=64, cols=128, warps=4, chunk=128, stages=3)),
+        Choice(ANY, Launch(rows=32, cols=128, warps=8, chunk=128)),
     ),
-    "norm_mma_dmix": (Choice(ANY, Launch(rows=512, cols=16, warps=4)),),  # cols: router rows
+    "norm_mma_dmix": (Choice(ANY, Launch(rows=4096, cols=1, warps=8)),),
     "rope_turn": (  # channels that turn in a token of q or of k, the larger
         Choice(1024, Launch(rows=1, cols=1024, warps=2)),
         Choice(2048, Launch(rows=1, cols=2048, warps=4)),

@@ -1,6 +1,6 @@
 """Triton kernels of norm.py, which has the formulas and the launchers.
 
-Forward and backward hold whole rows in registers: a row is a few tiles, [ROWS, COLS] of 8 elements a thread, which is
+Forward and backward hold whole rows in registers: a row is a few tiles [ROWS, COLS] of 8 elements a thread, which is
 one 16-byte load of a 16-bit tensor. So a width that is no power of two wastes a part of its last tile only. All loads
 of rows are issued before the first is used, and before anything is stored: a later one would wait for the store.
 

@@ -1,8 +1,10 @@
-"""Triton kernels of norm_mma.py, which has the formulas, the layout and the launchers.
+"""Triton kernels over tokens of norm_mma.py, which has the formulas and the launchers; shapes as in norm_mma_tiles.py.
 
-Names as there. ROWS and COLS: tile of tokens and channels; H: the code's width h; K >= 2h: the padded width of v, W and
-both copies of the code, a power of two and at least 16 (tl.dot's smallest). PRECISION: tl.dot's input precision.
-An absent norm_bias means RMSNorm, an absent row that token t has router row t, an absent seed no dropout.
+Both hold ROWS tokens and sweep twice over the tiles of a row, there and back, so that the tile which ends the first
+sweep is in registers when the second begins with it. Each tile is loaded while the one before it is at work.
+
+An absent delta or dstream is not read. An absent norm_bias means RMSNorm, an absent row that token t has router row t,
+an absent seed no dropout.
 """
 
 # mypy: allow-untyped-decorators
@@ -13,179 +15,258 @@ import triton
 import triton.language as tl
 
 from kernels.dropout import keep
+from kernels.norm_mma_tiles import (
+    add,
+    by_eight,
+    by_row,
+    centred,
+    codes,
+    load_down,
+    load_mix,
+    load_tile,
+    load_up,
+    load_vector,
+    tile_channels,
+    to_bands,
+    to_slots,
+)
 
 
 @triton.jit
-def load_normed(
-    x_ptr: tl.tensor,
-    norm_weight_ptr: tl.tensor,
-    norm_bias_ptr: tl.tensor | None,
-    x_stride: tl.tensor,
-    channels: tl.tensor,
+def forward_sums(
+    x: tl.tensor,
+    delta: tl.tensor | None,
+    shift: tl.tensor,
+    packed_ptr: tl.tensor,
+    stream_ptr: tl.tensor,
+    i: tl.tensor,
     rows: tl.tensor,
-    cols: tl.tensor,
-    inside: tl.tensor,
+    live: tl.tensor,
+    product: tl.tensor,
+    square: tl.tensor,
+    total: tl.tensor,
+    LAYER_NORM: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    COLS: tl.constexpr,
+    H: tl.constexpr,
+    G: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Tile i of the stream, and the sums with it: (x - shift) down^T, (x - shift)^2, x - shift."""
+    cols, inside = tile_channels(i, CHANNELS, COLS, x.shape[1])
+    if delta is not None:
+        x = add(x, delta)
+        tl.store(stream_ptr + rows * CHANNELS + cols, x, mask=inside & live)
+    value = centred(x, shift, inside, LAYER_NORM)
+    square += by_eight(value * value)
+    if LAYER_NORM:
+        total += by_eight(value)
+    down = tl.permute(load_down(packed_ptr, cols, inside, CHANNELS, H, G, 2 * G), (0, 2, 1))
+    value = tl.permute(value.to(x.dtype), (1, 0, 2))
+    return x, tl.dot(value, down, acc=product, input_precision="ieee"), square, total
+
+
+@triton.jit
+def forward_finish(
+    x: tl.tensor,
     mean: tl.tensor,
     rstd: tl.tensor,
-) -> tl.tensor:
-    """n as fp32 [ROWS, COLS], rounded as the plain norms round it. mean (LayerNorm only), rstd: [ROWS]."""
-    x_raw = tl.load(x_ptr + rows.to(tl.int64)[:, None] * x_stride + cols[None, :], mask=inside, other=0.0)
-    weight = tl.load(norm_weight_ptr + cols, mask=cols < channels, other=0.0).to(tl.float32)[None, :]
-    if norm_bias_ptr is None:
-        n = (x_raw.to(tl.float32) * rstd[:, None]).to(x_raw.dtype).to(tl.float32) * weight
-    else:
-        bias = tl.load(norm_bias_ptr + cols, mask=cols < channels, other=0.0).to(tl.float32)[None, :]
-        n = (x_raw.to(tl.float32) - mean[:, None]) * rstd[:, None] * weight + bias
-    return n.to(x_raw.dtype).to(tl.float32)
-
-
-@triton.jit
-def load_down(down_ptr: tl.tensor, channels: tl.tensor, cols: tl.tensor, H: tl.constexpr, K: tl.constexpr) -> tl.tensor:
-    """[down_w ; down_w] as [K, COLS], zero from row 2h on."""
-    k = tl.arange(0, K)
-    inside = (k < 2 * H)[:, None] & (cols < channels)[None, :]
-    return tl.load(down_ptr + (k % H)[:, None] * channels + cols[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def up_offsets(channels: tl.tensor, cols: tl.tensor, H: tl.constexpr, K: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """Where row k of W [K, COLS] lies in up_p_w [D, h/2], and whether column and code are of one group."""
-    code = tl.arange(0, K) % H
-    offset = cols[None, :] * (H // 2) + (code % (H // 2))[:, None]
-    same_group = (code >= H // 2)[:, None] == (cols >= channels // 2)[None, :]
-    return offset, same_group & (cols < channels)[None, :]
-
-
-@triton.jit
-def load_up(
-    up0_ptr: tl.tensor, up1_ptr: tl.tensor, channels: tl.tensor, cols: tl.tensor, H: tl.constexpr, K: tl.constexpr
-) -> tl.tensor:
-    """W = [up_0 ; up_1] as [K, COLS], zero outside a code's group and from row 2h on."""
-    k = tl.arange(0, K)
-    offset, inside = up_offsets(channels, cols, H, K)
-    w0 = tl.load(up0_ptr + offset, mask=inside & (k < H)[:, None], other=0.0)
-    return w0 + tl.load(up1_ptr + offset, mask=inside & (k >= H)[:, None] & (k < 2 * H)[:, None], other=0.0)
-
-
-@triton.jit
-def load_mix(
-    mix_ptr: tl.tensor, row_ptr: tl.tensor | None, rows: tl.tensor, tokens: tl.tensor
-) -> tuple[tl.tensor, tl.tensor]:
-    """m0, m1 of each token, [ROWS] each."""
-    row = rows if row_ptr is None else tl.load(row_ptr + rows, mask=rows < tokens, other=0)
-    at = row.to(tl.int64)
-    m0 = tl.load(mix_ptr + at * 2, mask=rows < tokens, other=0.0)
-    return m0, tl.load(mix_ptr + at * 2 + 1, mask=rows < tokens, other=0.0)
-
-
-@triton.jit
-def drop(
-    u: tl.tensor,
-    seed_ptr: tl.tensor,
-    site: tl.tensor,
-    limit: tl.tensor,
-    kept_scale: tl.tensor,
-    rows: tl.tensor,
-    H: tl.constexpr,
-    K: tl.constexpr,
-) -> tl.tensor:
-    """Inverted dropout of [ROWS, K]; both copies of a code share its mask."""
-    index = rows.to(tl.int64)[:, None] * H + (tl.arange(0, K) % H)[None, :]
-    return tl.where(keep(tl.load(seed_ptr), site, index, limit), u * kept_scale, 0.0)
-
-
-@triton.jit(do_not_specialize=["site", "limit"])
-def norm_mma_forward_kernel(
-    x_ptr: tl.tensor,
+    v: tl.tensor,
     norm_weight_ptr: tl.tensor,
     norm_bias_ptr: tl.tensor | None,
-    down_w_ptr: tl.tensor,
-    down_b_ptr: tl.tensor,
-    up0_w_ptr: tl.tensor,
-    up0_b_ptr: tl.tensor,
-    up1_w_ptr: tl.tensor,
-    up1_b_ptr: tl.tensor,
+    packed_ptr: tl.tensor,
+    y_ptr: tl.tensor,
+    i: tl.tensor,
+    rows: tl.tensor,
+    live: tl.tensor,
+    CHANNELS: tl.constexpr,
+    COLS: tl.constexpr,
+    H: tl.constexpr,
+    G: tl.constexpr,
+) -> None:
+    """Tile i of y: n, rounded as the plain norms round it, and the adapter."""
+    cols, inside = tile_channels(i, CHANNELS, COLS, x.shape[1])
+    weight = load_vector(norm_weight_ptr, cols, inside, x.shape[0])
+    if norm_bias_ptr is None:
+        n = (x.to(tl.float32) * rstd).to(x.dtype).to(tl.float32) * weight
+    else:
+        n = (x.to(tl.float32) - mean) * rstd * weight + load_vector(norm_bias_ptr, cols, inside, x.shape[0])
+    n = tl.permute(n.to(x.dtype), (1, 0, 2)).to(tl.float32)
+    y = tl.dot(v, load_up(packed_ptr, cols, inside, CHANNELS, H, G), acc=n, input_precision="ieee").to(x.dtype)
+    tl.store(y_ptr + rows * CHANNELS + cols, tl.permute(y, (1, 0, 2)), mask=inside & live)
+
+
+@triton.jit(do_not_specialize=["tokens", "site", "limit"])
+def norm_mma_forward_kernel(
+    x_ptr: tl.tensor,
+    delta_ptr: tl.tensor | None,
+    norm_weight_ptr: tl.tensor,
+    norm_bias_ptr: tl.tensor | None,
+    packed_ptr: tl.tensor,
+    affine_ptr: tl.tensor,
     mix_ptr: tl.tensor,
     row_ptr: tl.tensor | None,
     seed_ptr: tl.tensor | None,
+    stream_ptr: tl.tensor,
     y_ptr: tl.tensor,
     mean_ptr: tl.tensor,
     rstd_ptr: tl.tensor,
     u_ptr: tl.tensor,
     x_stride: tl.tensor,
+    delta_stride: tl.tensor,
     tokens: tl.tensor,
-    channels: tl.tensor,
     eps: tl.tensor,
-    scale: tl.tensor,
     site: tl.tensor,
     limit: tl.tensor,
     kept_scale: tl.tensor,
+    CHANNELS: tl.constexpr,
     H: tl.constexpr,
-    K: tl.constexpr,
+    G: tl.constexpr,
+    BANDS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
-    PRECISION: tl.constexpr,
 ) -> None:
-    """One program: ROWS tokens. Sweeps over the channels: statistics, u, y."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    live = rows < tokens
-    at = rows.to(tl.int64)[:, None]
-    k = tl.arange(0, K)
+    """One program: ROWS tokens. A sweep over the tiles for the stream, the statistics and u, and one back for y."""
+    LAST: tl.constexpr = (CHANNELS - 1) // COLS
+    LAYER_NORM: tl.constexpr = norm_bias_ptr is not None
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    x_ptr += first * x_stride
+    if delta_ptr is not None:
+        delta_ptr += first * delta_stride
+    stream_ptr += first * CHANNELS
+    y_ptr += first * CHANNELS
+    rows = tl.arange(0, ROWS)[:, None, None]
+    live = rows < tokens - first
 
-    mean = tl.zeros([ROWS], dtype=tl.float32)
-    if norm_bias_ptr is not None:
-        for start in range(0, channels, COLS):
-            cols = start + tl.arange(0, COLS)
-            inside = live[:, None] & (cols < channels)[None, :]
-            x = tl.load(x_ptr + at * x_stride + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-            mean += tl.sum(x, axis=1)
-        mean = mean / channels
-        tl.store(mean_ptr + rows, mean, mask=live)
-    square = tl.zeros([ROWS], dtype=tl.float32)
-    for start in range(0, channels, COLS):
-        cols = start + tl.arange(0, COLS)
-        inside = live[:, None] & (cols < channels)[None, :]
-        x = tl.load(x_ptr + at * x_stride + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-        x = tl.where(inside, x - mean[:, None], 0.0)
-        square += tl.sum(x * x, axis=1)
-    rstd = 1.0 / tl.sqrt_rn(square / channels + eps)
-    tl.store(rstd_ptr + rows, rstd, mask=live)
+    x = load_tile(x_ptr, x_stride, 0, rows, live, CHANNELS, COLS, BANDS)
+    delta = load_tile(delta_ptr, delta_stride, 0, rows, live, CHANNELS, COLS, BANDS)
+    shift = 0.0
+    if LAYER_NORM:  # by the first tile's mean, so that the variance does not cancel; of one tile it is the row's
+        shift = by_row(add(x, delta).to(tl.float32)) / min(COLS, CHANNELS)
+    product = tl.zeros([BANDS, ROWS, 2 * G], dtype=tl.float32)
+    square = tl.zeros([ROWS, BANDS, COLS // BANDS // 8], dtype=tl.float32)
+    total = tl.zeros([ROWS, BANDS, COLS // BANDS // 8], dtype=tl.float32)
+    for i in range(LAST):
+        next_x = load_tile(x_ptr, x_stride, i + 1, rows, live, CHANNELS, COLS, BANDS)
+        next_delta = load_tile(delta_ptr, delta_stride, i + 1, rows, live, CHANNELS, COLS, BANDS)
+        _, product, square, total = forward_sums(
+            x, delta, shift, packed_ptr, stream_ptr, i, rows, live, product, square, total,
+            LAYER_NORM, CHANNELS, COLS, H, G,
+        )  # fmt: skip
+        x = next_x
+        if delta_ptr is not None:
+            delta = next_delta
+    x, product, square, total = forward_sums(
+        x, delta, shift, packed_ptr, stream_ptr, LAST, rows, live, product, square, total,
+        LAYER_NORM, CHANNELS, COLS, H, G,
+    )  # fmt: skip
 
-    u = tl.zeros([ROWS, K], dtype=tl.float32)
-    for start in range(0, channels, COLS):
-        cols = start + tl.arange(0, COLS)
-        inside = live[:, None] & (cols < channels)[None, :]
-        n = load_normed(x_ptr, norm_weight_ptr, norm_bias_ptr, x_stride, channels, rows, cols, inside, mean, rstd)
-        down = load_down(down_w_ptr, channels, cols, H, K)
-        u = tl.dot(n, tl.trans(down), acc=u, input_precision=PRECISION)
-    u += tl.load(down_b_ptr + k % H)[None, :]
+    variance = by_row(square) / CHANNELS
+    u = tl.reshape(tl.sum(product, axis=0), (ROWS, 2, G))
+    mean = shift
+    code, real = codes(tl.zeros_like(rows), H, G)
+    if LAYER_NORM:
+        beyond = by_row(total) / CHANNELS
+        mean = shift + beyond
+        variance = tl.maximum(variance - beyond * beyond, 0.0)
+        u -= beyond * tl.load(affine_ptr + H + code, mask=real, other=0.0)
+        tl.store(mean_ptr + first + rows, mean, mask=live)
+    rstd = 1.0 / tl.sqrt_rn(variance + eps)
+    tl.store(rstd_ptr + first + rows, rstd, mask=live)
+    u = rstd * u + tl.load(affine_ptr + code, mask=real, other=0.0)
+    at, real = codes(rows, H, G)
     if seed_ptr is not None:
-        u = drop(u, seed_ptr, site, limit, kept_scale, rows, H, K)
-    tl.store(u_ptr + at * H + k[None, :], u, mask=live[:, None] & (k < H)[None, :])
+        u = tl.where(keep(tl.load(seed_ptr), site, first * H + at, limit), u * kept_scale, 0.0)
+    tl.store(u_ptr + first * H + at, u, mask=live & real)
 
-    m0, m1 = load_mix(mix_ptr, row_ptr, rows, tokens)
-    v = u * tl.where((k < H)[None, :], m0[:, None], m1[:, None])
-    for start in range(0, channels, COLS):
-        cols = start + tl.arange(0, COLS)
-        inside = live[:, None] & (cols < channels)[None, :]
-        n = load_normed(x_ptr, norm_weight_ptr, norm_bias_ptr, x_stride, channels, rows, cols, inside, mean, rstd)
-        b0 = tl.load(up0_b_ptr + cols, mask=cols < channels, other=0.0)[None, :]
-        b1 = tl.load(up1_b_ptr + cols, mask=cols < channels, other=0.0)[None, :]
-        e = tl.dot(v, load_up(up0_w_ptr, up1_w_ptr, channels, cols, H, K), input_precision=PRECISION)
-        y = n + scale * (e + m0[:, None] * b0 + m1[:, None] * b1)
-        tl.store(y_ptr + at * channels + cols[None, :], y, mask=inside)
+    v = to_slots(u) * load_mix(mix_ptr, row_ptr, first, ROWS, tokens)
+    v = to_bands(tl.reshape(v, (2, ROWS, 4 * G)).to(x.dtype), BANDS)
+    source_ptr = x_ptr
+    source_stride = x_stride
+    if delta_ptr is not None:
+        tl.debug_barrier()  # what one thread wrote of the stream another reads
+        source_ptr = stream_ptr
+        source_stride = CHANNELS
+    for i in range(LAST, 0, -1):
+        next_x = load_tile(source_ptr, source_stride, i - 1, rows, live, CHANNELS, COLS, BANDS)
+        forward_finish(
+            x, mean, rstd, v, norm_weight_ptr, norm_bias_ptr, packed_ptr, y_ptr, i, rows, live,
+            CHANNELS, COLS, H, G,
+        )  # fmt: skip
+        x = next_x
+    forward_finish(
+        x, mean, rstd, v, norm_weight_ptr, norm_bias_ptr, packed_ptr, y_ptr, 0, rows, live,
+        CHANNELS, COLS, H, G,
+    )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["site", "limit"])
+@triton.jit
+def backward_sums(
+    dy: tl.tensor,
+    x: tl.tensor,
+    mean: tl.tensor,
+    norm_weight_ptr: tl.tensor,
+    packed_ptr: tl.tensor,
+    i: tl.tensor,
+    dv: tl.tensor,
+    along: tl.tensor,
+    level: tl.tensor,
+    LAYER_NORM: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    COLS: tl.constexpr,
+    H: tl.constexpr,
+    G: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """The sums with tile i: dy W^T, dy weight (x - mean), dy weight."""
+    cols, inside = tile_channels(i, CHANNELS, COLS, x.shape[1])
+    g = dy.to(tl.float32) * load_vector(norm_weight_ptr, cols, inside, x.shape[0])
+    along += by_eight(g * (x.to(tl.float32) - mean))
+    if LAYER_NORM:
+        level += by_eight(g)
+    up = tl.permute(load_up(packed_ptr, cols, inside, CHANNELS, H, G), (0, 2, 1))
+    return tl.dot(tl.permute(dy, (1, 0, 2)), up, acc=dv, input_precision="ieee"), along, level
+
+
+@triton.jit
+def backward_finish(
+    dy: tl.tensor,
+    x: tl.tensor,
+    dstream: tl.tensor | None,
+    mean: tl.tensor,
+    rstd: tl.tensor,
+    du: tl.tensor,
+    along: tl.tensor,
+    level: tl.tensor,
+    norm_weight_ptr: tl.tensor,
+    packed_ptr: tl.tensor,
+    dx_ptr: tl.tensor,
+    i: tl.tensor,
+    rows: tl.tensor,
+    live: tl.tensor,
+    LAYER_NORM: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    COLS: tl.constexpr,
+    H: tl.constexpr,
+    G: tl.constexpr,
+) -> None:
+    """Tile i of dx = dstream + rstd (dy weight + du down) - along (x - mean) - level."""
+    cols, inside = tile_channels(i, CHANNELS, COLS, x.shape[1])
+    dx = rstd * (dy.to(tl.float32) * load_vector(norm_weight_ptr, cols, inside, x.shape[0]))
+    dx -= along * (x.to(tl.float32) - mean) + level
+    if dstream is not None:
+        dx += dstream.to(tl.float32)
+    e = tl.dot(du, load_down(packed_ptr, cols, inside, CHANNELS, H, G, 4 * G), input_precision="ieee")
+    dx += rstd * tl.permute(e, (1, 0, 2))
+    tl.store(dx_ptr + rows * CHANNELS + cols, dx, mask=inside & live)
+
+
+@triton.jit(do_not_specialize=["tokens", "site", "limit"])
 def norm_mma_backward_kernel(
     dy_ptr: tl.tensor,
+    dstream_ptr: tl.tensor | None,
     x_ptr: tl.tensor,
     norm_weight_ptr: tl.tensor,
-    down_w_ptr: tl.tensor,
-    up0_w_ptr: tl.tensor,
-    up0_b_ptr: tl.tensor,
-    up1_w_ptr: tl.tensor,
-    up1_b_ptr: tl.tensor,
+    packed_ptr: tl.tensor,
+    affine_ptr: tl.tensor,
     mix_ptr: tl.tensor,
     row_ptr: tl.tensor | None,
     seed_ptr: tl.tensor | None,
@@ -196,169 +277,88 @@ def norm_mma_backward_kernel(
     du_ptr: tl.tensor,
     dm_ptr: tl.tensor,
     dy_stride: tl.tensor,
+    dstream_stride: tl.tensor,
     x_stride: tl.tensor,
     tokens: tl.tensor,
-    channels: tl.tensor,
-    scale: tl.tensor,
     site: tl.tensor,
     limit: tl.tensor,
     kept_scale: tl.tensor,
     LAYER_NORM: tl.constexpr,
+    CHANNELS: tl.constexpr,
     H: tl.constexpr,
-    K: tl.constexpr,
+    G: tl.constexpr,
+    BANDS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
-    PRECISION: tl.constexpr,
 ) -> None:
-    """One program: ROWS tokens. Sweeps over the channels: dv, the norm's two sums, dx."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    live = rows < tokens
-    at = rows.to(tl.int64)[:, None]
-    k = tl.arange(0, K)
+    """One program: ROWS tokens. A sweep over the tiles for dv and the norm's two sums, and one back for dx."""
+    LAST: tl.constexpr = (CHANNELS - 1) // COLS
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    dy_ptr += first * dy_stride
+    if dstream_ptr is not None:
+        dstream_ptr += first * dstream_stride
+    x_ptr += first * x_stride
+    dx_ptr += first * CHANNELS
+    rows = tl.arange(0, ROWS)[:, None, None]
+    live = rows < tokens - first
 
-    dv = tl.zeros([ROWS, K], dtype=tl.float32)
-    dot_b0 = tl.zeros([ROWS], dtype=tl.float32)
-    dot_b1 = tl.zeros([ROWS], dtype=tl.float32)
-    for start in range(0, channels, COLS):
-        cols = start + tl.arange(0, COLS)
-        inside = live[:, None] & (cols < channels)[None, :]
-        dy = tl.load(dy_ptr + at * dy_stride + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-        up = load_up(up0_w_ptr, up1_w_ptr, channels, cols, H, K)
-        dv = tl.dot(dy, tl.trans(up), acc=dv, input_precision=PRECISION)
-        dot_b0 += tl.sum(dy * tl.load(up0_b_ptr + cols, mask=cols < channels, other=0.0)[None, :], axis=1)
-        dot_b1 += tl.sum(dy * tl.load(up1_b_ptr + cols, mask=cols < channels, other=0.0)[None, :], axis=1)
-    dv *= scale
-    codes = live[:, None] & (k < 2 * H)[None, :]
-    dm = dv * tl.load(u_ptr + at * H + (k % H)[None, :], mask=codes, other=0.0)
-    dm0 = tl.sum(tl.where((k < H)[None, :], dm, 0.0), axis=1) + scale * dot_b0
-    dm1 = tl.sum(tl.where((k < H)[None, :], 0.0, dm), axis=1) + scale * dot_b1
-    tl.store(dm_ptr + rows.to(tl.int64) * 2, dm0, mask=live)
-    tl.store(dm_ptr + rows.to(tl.int64) * 2 + 1, dm1, mask=live)
-    m0, m1 = load_mix(mix_ptr, row_ptr, rows, tokens)
-    du = dv * tl.where((k < H)[None, :], m0[:, None], m1[:, None])
+    dy = load_tile(dy_ptr, dy_stride, 0, rows, live, CHANNELS, COLS, BANDS)
+    x = load_tile(x_ptr, x_stride, 0, rows, live, CHANNELS, COLS, BANDS)
+    rstd = tl.load(rstd_ptr + first + rows, mask=live, other=0.0)
+    mean = tl.load(mean_ptr + first + rows, mask=live, other=0.0) if LAYER_NORM else 0.0
+    dv = tl.zeros([BANDS, ROWS, 4 * G], dtype=tl.float32)
+    along = tl.zeros([ROWS, BANDS, COLS // BANDS // 8], dtype=tl.float32)
+    level = tl.zeros([ROWS, BANDS, COLS // BANDS // 8], dtype=tl.float32)
+    for i in range(LAST):
+        next_dy = load_tile(dy_ptr, dy_stride, i + 1, rows, live, CHANNELS, COLS, BANDS)
+        next_x = load_tile(x_ptr, x_stride, i + 1, rows, live, CHANNELS, COLS, BANDS)
+        dv, along, level = backward_sums(
+            dy, x, mean, norm_weight_ptr, packed_ptr, i, dv, along, level,
+            LAYER_NORM, CHANNELS, COLS, H, G,
+        )  # fmt: skip
+        dy = next_dy
+        x = next_x
+    dv, along, level = backward_sums(
+        dy, x, mean, norm_weight_ptr, packed_ptr, LAST, dv, along, level,
+        LAYER_NORM, CHANNELS, COLS, H, G,
+    )  # fmt: skip
+
+    at, real = codes(rows, H, G)
+    u = tl.load(u_ptr + first * H + at, mask=live & real, other=0.0)
+    dv = tl.sum(tl.reshape(dv, (2, BANDS // 2, ROWS, 4 * G)), axis=1)
+    dv = tl.reshape(dv, (2, ROWS, 2, 2, G))
+    dm = tl.sum(tl.sum(tl.sum(dv * to_slots(u), axis=4), axis=2), axis=0)
+    token = first + tl.arange(0, ROWS)[:, None]
+    tl.store(dm_ptr + token * 2 + tl.arange(0, 2)[None, :], dm, mask=token < tokens)
+    kind = tl.arange(0, 2)[None, None, :, None, None]
+    du = tl.where(kind == 0, dv * load_mix(mix_ptr, row_ptr, first, ROWS, tokens), 0.0)
+    du = tl.permute(tl.sum(tl.sum(du, axis=3), axis=2), (1, 0, 2))
     if seed_ptr is not None:
-        du = drop(du, seed_ptr, site, limit, kept_scale, rows, H, K)
-    tl.store(du_ptr + at * (2 * H) + k[None, :], du, mask=codes)
+        du = tl.where(keep(tl.load(seed_ptr), site, first * H + at, limit), du * kept_scale, 0.0)
+    tl.store(du_ptr + first * H + at, du, mask=live & real)
 
-    rstd = tl.load(rstd_ptr + rows, mask=live, other=0.0)
-    mean = tl.zeros([ROWS], dtype=tl.float32)
-    if LAYER_NORM:
-        mean = tl.load(mean_ptr + rows, mask=live, other=0.0)
-    sum_g = tl.zeros([ROWS], dtype=tl.float32)
-    sum_gx = tl.zeros([ROWS], dtype=tl.float32)
-    for start in range(0, channels, COLS):
-        cols = start + tl.arange(0, COLS)
-        inside = live[:, None] & (cols < channels)[None, :]
-        dy = tl.load(dy_ptr + at * dy_stride + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-        dn = tl.dot(du, load_down(down_w_ptr, channels, cols, H, K), acc=dy, input_precision=PRECISION)
-        g = dn * tl.load(norm_weight_ptr + cols, mask=cols < channels, other=0.0).to(tl.float32)[None, :]
-        x = tl.load(x_ptr + at * x_stride + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-        sum_g += tl.sum(g, axis=1)
-        sum_gx += tl.sum(g * (x - mean[:, None]) * rstd[:, None], axis=1)
-    mean_g = sum_g / channels if LAYER_NORM else tl.zeros([ROWS], dtype=tl.float32)
-    mean_gx = sum_gx / channels
-    for start in range(0, channels, COLS):
-        cols = start + tl.arange(0, COLS)
-        inside = live[:, None] & (cols < channels)[None, :]
-        dy = tl.load(dy_ptr + at * dy_stride + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-        dn = tl.dot(du, load_down(down_w_ptr, channels, cols, H, K), acc=dy, input_precision=PRECISION)
-        g = dn * tl.load(norm_weight_ptr + cols, mask=cols < channels, other=0.0).to(tl.float32)[None, :]
-        x = tl.load(x_ptr + at * x_stride + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-        xhat = (x - mean[:, None]) * rstd[:, None]
-        dx = rstd[:, None] * (g - mean_g[:, None] - xhat * mean_gx[:, None])
-        tl.store(dx_ptr + at * channels + cols[None, :], dx, mask=inside)
-
-
-@triton.jit
-def norm_mma_dadapter_kernel(
-    dy_ptr: tl.tensor,
-    x_ptr: tl.tensor,
-    norm_weight_ptr: tl.tensor,
-    norm_bias_ptr: tl.tensor | None,
-    mix_ptr: tl.tensor,
-    row_ptr: tl.tensor | None,
-    mean_ptr: tl.tensor,
-    rstd_ptr: tl.tensor,
-    u_ptr: tl.tensor,
-    du_ptr: tl.tensor,
-    partial_ptr: tl.tensor,
-    dy_stride: tl.tensor,
-    x_stride: tl.tensor,
-    tokens: tl.tensor,
-    channels: tl.tensor,
-    scale: tl.tensor,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    PRECISION: tl.constexpr,
-) -> None:
-    """One program: COLS channels, CHUNK tokens, into its row of partial: the six gradients one after another."""
-    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
-    k = tl.arange(0, K)
-    dup = tl.zeros([K, COLS], dtype=tl.float32)
-    ddown = tl.zeros([K, COLS], dtype=tl.float32)
-    db0 = tl.zeros([COLS], dtype=tl.float32)
-    db1 = tl.zeros([COLS], dtype=tl.float32)
-    ddown_b = tl.zeros([K], dtype=tl.float32)
-    for start in range(0, CHUNK, ROWS):
-        rows = tl.program_id(1) * CHUNK + start + tl.arange(0, ROWS)
-        live = rows < tokens
-        at = rows.to(tl.int64)[:, None]
-        inside = live[:, None] & (cols < channels)[None, :]
-        rstd = tl.load(rstd_ptr + rows, mask=live, other=0.0)
-        mean = rstd
-        if norm_bias_ptr is not None:
-            mean = tl.load(mean_ptr + rows, mask=live, other=0.0)
-        n = load_normed(x_ptr, norm_weight_ptr, norm_bias_ptr, x_stride, channels, rows, cols, inside, mean, rstd)
-        dy = tl.load(dy_ptr + at * dy_stride + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-        m0, m1 = load_mix(mix_ptr, row_ptr, rows, tokens)
-        u = tl.load(u_ptr + at * H + (k % H)[None, :], mask=live[:, None] & (k < 2 * H)[None, :], other=0.0)
-        v = u * tl.where((k < H)[None, :], m0[:, None], m1[:, None])
-        codes = live[:, None] & (k < H)[None, :]
-        du = tl.load(du_ptr + at * (2 * H) + k[None, :], mask=codes, other=0.0)
-        du += tl.load(du_ptr + at * (2 * H) + H + k[None, :], mask=codes, other=0.0)
-        dup = tl.dot(tl.trans(v), dy, acc=dup, input_precision=PRECISION)
-        ddown = tl.dot(tl.trans(du), n, acc=ddown, input_precision=PRECISION)
-        ddown_b += tl.sum(du, axis=0)
-        db0 += tl.sum(m0[:, None] * dy, axis=0)
-        db1 += tl.sum(m1[:, None] * dy, axis=0)
-
-    half = channels * (H // 2)
-    here = partial_ptr + tl.program_id(1).to(tl.int64) * (channels * H + H + 2 * (half + channels))
-    column = cols < channels
-    tl.store(here + k[:, None] * channels + cols[None, :], ddown, mask=(k < H)[:, None] & column[None, :])
-    here += channels * H
-    tl.store(here + k, ddown_b, mask=(k < H) & (tl.program_id(0) == 0))
-    here += H
-    offset, inside = up_offsets(channels, cols, H, K)
-    tl.store(here + offset, scale * dup, mask=inside & (k < H)[:, None])
-    tl.store(here + half + cols, scale * db0, mask=column)
-    here += half + channels
-    tl.store(here + offset, scale * dup, mask=inside & (k >= H)[:, None] & (k < 2 * H)[:, None])
-    tl.store(here + half + cols, scale * db1, mask=column)
-
-
-@triton.jit
-def norm_mma_dmix_kernel(
-    dm_ptr: tl.tensor,
-    row_ptr: tl.tensor,
-    dmix_ptr: tl.tensor,
-    tokens: tl.tensor,
-    router_rows: tl.tensor,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-) -> None:
-    """One program: COLS router rows, over all tokens."""
-    routers = tl.program_id(0) * COLS + tl.arange(0, COLS)
-    total0 = tl.zeros([COLS], dtype=tl.float32)
-    total1 = tl.zeros([COLS], dtype=tl.float32)
-    for start in range(0, tokens, ROWS):
-        rows = start + tl.arange(0, ROWS)
-        mine = tl.load(row_ptr + rows, mask=rows < tokens, other=-1)[:, None] == routers[None, :]
-        at = rows.to(tl.int64) * 2
-        total0 += tl.sum(tl.where(mine, tl.load(dm_ptr + at, mask=rows < tokens, other=0.0)[:, None], 0.0), axis=0)
-        total1 += tl.sum(tl.where(mine, tl.load(dm_ptr + at + 1, mask=rows < tokens, other=0.0)[:, None], 0.0), axis=0)
-    tl.store(dmix_ptr + routers * 2, total0, mask=routers < router_rows)
-    tl.store(dmix_ptr + routers * 2 + 1, total1, mask=routers < router_rows)
+    code, real = codes(tl.zeros_like(rows), H, G)
+    hidden = u / kept_scale - tl.load(affine_ptr + code, mask=real, other=0.0)  # xhat (weight down)^T where du is not 0
+    along = rstd * ((rstd * by_row(along) + by_row(du * hidden)) / CHANNELS)
+    if not LAYER_NORM:
+        level = 0.0
+    else:
+        level = by_row(level) + by_row(du * tl.load(affine_ptr + H + code, mask=real, other=0.0))
+        level = rstd * (level / CHANNELS)
+    along *= rstd
+    du = tl.where(tl.arange(0, 2)[None, :, None, None] == 0, du[:, None, :, :], 0.0)
+    du = to_bands(tl.reshape(du, (1, ROWS, 4 * G)).to(x.dtype), BANDS)
+    dstream = load_tile(dstream_ptr, dstream_stride, LAST, rows, live, CHANNELS, COLS, BANDS)
+    for i in range(LAST, -1, -1):
+        before = tl.where(i == 0, LAST + 1, i - 1)  # a tile past the end reads nothing
+        next_dy = load_tile(dy_ptr, dy_stride, before, rows, live, CHANNELS, COLS, BANDS)
+        next_x = load_tile(x_ptr, x_stride, before, rows, live, CHANNELS, COLS, BANDS)
+        next_dstream = load_tile(dstream_ptr, dstream_stride, before, rows, live, CHANNELS, COLS, BANDS)
+        backward_finish(
+            dy, x, dstream, mean, rstd, du, along, level, norm_weight_ptr, packed_ptr, dx_ptr, i, rows, live,
+            LAYER_NORM, CHANNELS, COLS, H, G,
+        )  # fmt: skip
+        dy = next_dy
+        x = next_x
+        if dstream_ptr is not None:
+            dstream = next_dstream

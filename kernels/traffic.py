@@ -8,7 +8,8 @@
     reloads    repeated loads of parameters (tensors that are only read, and whose first dimension is not the tokens'):
                served by the L2 cache
 
-Elements are counted, not the sectors of 32 bytes that they lie in. A repeated access to a tile of tokens that a program has just read may be served by a cache too; it is counted as moved.
+Elements are counted, not the sectors of 32 bytes that they lie in. A repeated access to a tile of tokens that a program
+has just read may be served by a cache too; it is counted as moved.
 """
 
 from __future__ import annotations

@@ -44,12 +44,19 @@ class Linear(nn.Module):
         return self.weight
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._linear(x, self.bias)
+
+    def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if isinstance(self.quantized, NF4Tensor):
-            return linear_nf4(x, self.quantized, self.bias)
+            return linear_nf4(x, self.quantized, bias)
         if isinstance(self.quantized, Int8Tensor):
-            return linear_int8(x, self.quantized, self.bias)
+            return linear_int8(x, self.quantized, bias)
         assert self.weight is not None
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight, bias)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x W^T without the bias, for an op that adds it: [T, in] -> [T, out]."""
+        return self._linear(x, None)
 
     def extra_repr(self) -> str:
         storage = type(self.quantized).__name__ if self.quantized is not None else "16/32-bit"

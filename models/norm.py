@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kernels.layer_norm import layer_norm
-from kernels.rms_norm import rms_norm
+from kernels.layer_norm import add_layer_norm, layer_norm
+from kernels.rms_norm import add_rms_norm, rms_norm
 
 
 class Norm(nn.Module):
@@ -26,3 +26,10 @@ class Norm(nn.Module):
         if self.bias is None:
             return rms_norm(x, self.weight, self.eps)
         return layer_norm(x, self.weight, self.bias, self.eps)
+
+    def add(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x, delta [T, D] -> the stream x + delta and its norm, in one pass; without a delta the stream is x."""
+        if self.bias is None:
+            return add_rms_norm(x, delta, self.weight, self.eps)
+        stream, y = add_layer_norm(x, delta, self.weight, self.bias, self.eps)
+        return stream, y

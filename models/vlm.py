@@ -131,8 +131,8 @@ class VisionLanguageModel(nn.Module):
 
     def blocks(
         self, x: Tensor, segments: Segments, router_rows: Tensor | None, seed: Tensor | None, cache: KVCache | None
-    ) -> Tensor:
-        """The language model's blocks on embeddings x [T, D]."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """The language model's blocks on embeddings x [T, D] -> the residual stream in two parts, their sum."""
         context = Context(
             segments=segments,
             router_rows=router_rows,
@@ -140,18 +140,20 @@ class VisionLanguageModel(nn.Module):
             seed=seed,
             segment_of=self._segment_of(segments) if self.config.drop_path > 0 and seed is not None else None,
         )
+        delta: Tensor | None = None
         for i, layer in enumerate(self.language.blocks()):
             if cache is not None:
-                x = layer(x, context, cache.layers[i])
+                x, delta = layer(x, delta, context, cache.layers[i])
             elif self.config.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, context, use_reentrant=False, preserve_rng_state=False)
+                x = _sum(x, delta)  # one tensor to keep instead of two
+                x, delta = checkpoint(layer, x, None, context, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, context)
-        return x
+                x, delta = layer(x, delta, context)
+        return x, delta
 
     def hidden(self, pack: Pack, seed: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """The residual stream after the last block, [T, D]. `seed` int64 [1] switches dropout on."""
-        return self.blocks(self.embed(pack, seed), pack.segments, pack.modality_rows, seed, cache)
+        return _sum(*self.blocks(self.embed(pack, seed), pack.segments, pack.modality_rows, seed, cache))
 
     def decode(self, tokens: Tensor, position_ids: Tensor, router_row: Tensor, cache: KVCache) -> Tensor:
         """One more token for each of B sequences: tokens int64 [B], positions and router rows int32 [B] -> the
@@ -162,9 +164,9 @@ class VisionLanguageModel(nn.Module):
             position_ids=position_ids,
             router_row=router_row,
         )
-        x = self.blocks(self.language.embed(tokens), segments, None, None, cache)
+        x, delta = self.blocks(self.language.embed(tokens), segments, None, None, cache)
         cache.lengths += 1
-        return x
+        return _sum(x, delta)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Rows of the residual stream [L, D] -> logits fp32 [L, V]."""
@@ -172,8 +174,10 @@ class VisionLanguageModel(nn.Module):
 
     def forward(self, pack: Pack, seed: Tensor | None = None) -> Tensor:
         """This pack's share of the step's loss, fp32 scalar."""
-        rows = self.hidden(pack, seed).index_select(0, pack.supervised)  # [L, D]
-        rows = self.language.norm(rows)
+        parts = self.blocks(self.embed(pack, seed), pack.segments, pack.modality_rows, seed, None)
+        x, delta = (None if part is None else part.index_select(0, pack.supervised) for part in parts)  # [L, D]
+        assert x is not None
+        _, rows = self.language.norm.add(x, delta)
         return linear_cross_entropy(rows, self.language.head.frozen_weight(), pack.labels, pack.weights)
 
     def _rope_table(self, longest: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -184,3 +188,7 @@ class VisionLanguageModel(nn.Module):
     @staticmethod
     def _segment_of(segments: Segments) -> Tensor:  # int64 [T]: which segment each token is in
         return torch.repeat_interleave(segments.cu_seqlens.diff(), output_size=segments.position_ids.numel())
+
+
+def _sum(x: Tensor, delta: Tensor | None) -> Tensor:
+    return x if delta is None else x + delta

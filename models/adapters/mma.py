@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels.dropout import keep_mask
-from kernels.norm_mma import norm_mma, router_mix
+from kernels.norm_mma import add_norm_mma
+from kernels.router import Router, router_mix
 from models.norm import Norm
 
 
@@ -59,11 +60,20 @@ class MMAdapter(nn.Module):
         """The router's weights [R, 2], fp32, of routing tokens x [R, D] (before the norm)."""
         return router_mix(norm(x), self.router.weight, self.router.bias, self.config.temperature)
 
-    def forward(self, norm: Norm, x: Tensor, mix: Tensor, row: Tensor | None, seed: Tensor | None) -> Tensor:
-        """x [T, D] -> adapted norm(x) [T, D]; `mix` [R, 2] and `row` [T] say how each token is routed (None: its own
-        row); `seed` int64 [1] switches dropout on."""
-        return norm_mma(
-            x, norm.weight, norm.bias, norm.eps,
+    def routed_by(self, rows: Tensor) -> Router:
+        """This adapter's router over the tokens `rows` int64 [R]; `forward` takes it in place of their mix."""
+        return Router(self.router.weight, self.router.bias, self.config.temperature, rows)
+
+    def forward(
+        self, norm: Norm, x: Tensor, delta: Tensor | None, mix: Tensor | Router, row: Tensor | None,
+        seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """x, delta [T, D] -> the stream x + delta (x without a delta) and its adapted norm, [T, D] each.
+
+        `mix` [R, 2] and `row` [T] say how each token is routed (None: its own row); `seed` int64 [1] switches dropout
+        on."""
+        return add_norm_mma(
+            x, delta, norm.weight, norm.bias, norm.eps,
             self.down.weight, self.down.bias, self.up0.weight, self.up0.bias, self.up1.weight, self.up1.bias,
             mix, row, scale=self.config.scale, dropout=self.config.dropout, seed=seed, site=self.site,
         )  # fmt: skip
@@ -90,8 +100,9 @@ class PlainAdapter(nn.Module):
         nn.init.zeros_(self.up0.weight)
         nn.init.zeros_(self.up0.bias)
 
-    def forward(self, norm: Norm, x: Tensor, seed: Tensor | None) -> Tensor:  # [T, D] -> [T, D]
-        n = norm(x)
+    def forward(self, norm: Norm, x: Tensor, delta: Tensor | None, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+        """As MMAdapter's, without a router."""
+        x, n = norm.add(x, delta)
         u = F.linear(n, self.down.weight.to(n.dtype), self.down.bias.to(n.dtype))  # [T, h]
         if seed is not None and self.config.dropout > 0:
             p = self.config.dropout
@@ -100,4 +111,4 @@ class PlainAdapter(nn.Module):
         weight = self.up0.weight.to(n.dtype)
         e = torch.cat((u[:, :half_code] @ weight[:half_dim].T, u[:, half_code:] @ weight[half_dim:].T), dim=1)
         e = e + self.up0.bias.to(n.dtype)
-        return e if self.legacy else n + self.config.scale * e
+        return x, e if self.legacy else n + self.config.scale * e

@@ -68,7 +68,7 @@ class Attention(nn.Module):
         q = self.q(x).unflatten(-1, (-1, self.head_dim))  # [T, H, d]
         k = self.k(x).unflatten(-1, (-1, self.head_dim))  # [T, G, d]
         v = self.v(x).unflatten(-1, (-1, self.head_dim))  # [T, G, d]
-        q, k = rope(q, k, *context.rope, segments.position_ids, interleaved=True)
+        q, k = rope(q, k, *context.rope, segments.position_ids, interleaved=True, inplace=True)
         if cache is not None and cache.decoding:
             out = cache.attend(q, k, v)
         else:
@@ -88,11 +88,15 @@ class MLP(nn.Module):
         self.down = Linear(config.ffn_dim, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:  # [T, D] -> [T, D]
-        return self.down(swiglu(self.gate(x), self.up(x)))
+        return self.down(swiglu(self.gate(x), self.up(x), reuse=True))
 
 
 class Block(nn.Module):
-    """x + Attn(norm x), then x + MLP(norm x); each norm may carry an MMA adapter."""
+    """x + Attn(norm x), then x + MLP(norm x); each norm may carry an MMA adapter.
+
+    A block leaves its last addition to the norm of the next one, which adds and normalises in one pass: the residual
+    stream is x + delta, with delta None before the first block.
+    """
 
     def __init__(self, config: LlamaConfig, index: int) -> None:
         super().__init__()
@@ -106,28 +110,33 @@ class Block(nn.Module):
         self.attention_adapter: MMAdapter | None = None
         self.mlp_adapter: MMAdapter | None = None
 
-    def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:  # [T, D] -> [T, D]
-        h = self._norm(x, self.attention_norm, self.attention_adapter, context, cache)
-        x_attended = x + self._drop_path(self.attention(h, context, cache), context, 0)
-        routed_by = x if self.legacy_routing and not self.training else x_attended
-        h = self._norm(x_attended, self.mlp_norm, self.mlp_adapter, context, cache, routed_by)
-        return x_attended + self._drop_path(self.mlp(h), context, 1)
+    def forward(
+        self, x: Tensor, delta: Tensor | None, context: Context, cache: LayerCache | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x, delta [T, D] -> x, delta [T, D]"""
+        x, h = self._norm(x, delta, self.attention_norm, self.attention_adapter, context, cache)
+        delta = self._drop_path(self.attention(h, context, cache), context, 0)
+        x, h = self._norm(x, delta, self.mlp_norm, self.mlp_adapter, context, cache)
+        return x, self._drop_path(self.mlp(h), context, 1)
 
     def _norm(
-        self, x: Tensor, norm: Norm, adapter: MMAdapter | None, context: Context, cache: LayerCache | None,
-        routed_by: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+        self, x: Tensor, delta: Tensor | None, norm: Norm, adapter: MMAdapter | None, context: Context,
+        cache: LayerCache | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         if adapter is None:
-            return norm(x)
+            return norm.add(x, delta)
+        row, seed = context.segments.router_row, context.seed
         if context.router_rows is None:
             assert cache is not None
-            mix = cache.mix[adapter.site]
-        else:
-            source = x if routed_by is None else routed_by
-            mix = adapter.mix(norm, source.index_select(0, context.router_rows))  # [R, 2]
-            if cache is not None:
-                cache.mix[adapter.site] = mix
-        return adapter(norm, x, mix, context.segments.router_row, context.seed)
+            return adapter(norm, x, delta, cache.mix[adapter.site], row, seed)
+        before_attention = norm is self.mlp_norm and self.legacy_routing and not self.training
+        if cache is None and not before_attention:
+            return adapter(norm, x, delta, adapter.routed_by(context.router_rows), row, seed)
+        routing = x if delta is None or before_attention else x + delta
+        mix = adapter.mix(norm, routing.index_select(0, context.router_rows))  # [R, 2]
+        if cache is not None:
+            cache.mix[adapter.site] = mix
+        return adapter(norm, x, delta, mix, row, seed)
 
     def _drop_path(self, branch: Tensor, context: Context, which: int) -> Tensor:
         if self.drop_path == 0.0 or context.seed is None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from kernels.activation import bias_act
 from kernels.attention import varlen_attention
 from models.adapters.mma import AdapterConfig, MMAdapter, PlainAdapter
 from models.linear import Linear
@@ -84,12 +85,14 @@ class MLP(nn.Module):
         self.down = Linear(config.mlp_dim, config.width, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.up(x)
-        return self.down(h * torch.sigmoid(1.702 * h))
+        return self.down(bias_act(self.up.product(x), self.up.bias, "quick_gelu", reuse=True))
 
 
 class Block(nn.Module):
-    """x + Attn(norm x), then x + MLP(norm x); each norm may carry an adapter."""
+    """x + Attn(norm x), then x + MLP(norm x); each norm may carry an adapter.
+
+    The stream is x + delta, as in models/language/llama.py.
+    """
 
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
@@ -100,17 +103,22 @@ class Block(nn.Module):
         self.attention_adapter: MMAdapter | PlainAdapter | None = None
         self.mlp_adapter: MMAdapter | None = None
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:  # [N * P, W] -> [N * P, W]
-        x = x + self.attention(_norm(x, self.attention_norm, self.attention_adapter, context), context)
-        return x + self.mlp(_norm(x, self.mlp_norm, self.mlp_adapter, context))
+    def forward(self, x: Tensor, delta: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
+        """x, delta [N * P, W] -> x, delta [N * P, W]"""
+        x, h = _norm(x, delta, self.attention_norm, self.attention_adapter, context)
+        x, h = _norm(x, self.attention(h, context), self.mlp_norm, self.mlp_adapter, context)
+        return x, self.mlp(h)
 
 
-def _norm(x: Tensor, norm: Norm, adapter: MMAdapter | PlainAdapter | None, context: Context) -> Tensor:
+def _norm(
+    x: Tensor, delta: Tensor | None, norm: Norm, adapter: MMAdapter | PlainAdapter | None, context: Context
+) -> tuple[Tensor, Tensor]:
     if adapter is None:
-        return norm(x)
+        return norm.add(x, delta)
     if isinstance(adapter, PlainAdapter):
-        return adapter(norm, x, context.seed)
-    return adapter(norm, x, adapter.mix(norm, x), context.router, context.seed)
+        return adapter(norm, x, delta, context.seed)
+    x = x if delta is None else x + delta  # the router wants it too
+    return adapter(norm, x, None, adapter.mix(norm, x), context.router, context.seed)
 
 
 class ClipVision(nn.Module):
@@ -165,11 +173,14 @@ class ClipVision(nn.Module):
             seed=seed,
         )
         taken = []
+        delta: Tensor | None = None
         for done, layer in enumerate(self.blocks(), start=1):
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, context, use_reentrant=False, preserve_rng_state=False)
+                x, delta = checkpoint(layer, x, delta, context, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, context)
+                x, delta = layer(x, delta, context)
+            if delta is not None and (done in self.config.taps or self.checkpointing):
+                x, delta = x + delta, None
             if done in self.config.taps:
                 taken.append(x[::tokens])  # the class tokens, [N, W]
         return torch.stack(taken, dim=1)

@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from engine.checkpoint import load_checkpoint, save_checkpoint
+from engine.distributed import Ranks
 from engine.errors import CheckpointError
 from engine.optim import Optimizer
 
@@ -180,7 +180,8 @@ def test_backward_leaves_the_gradients_where_the_optimiser_put_them(one_rank: No
     places = {name: p.grad for name, p in opt.named.items()}
     x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     grads = []
-    for wrapped in (model, DistributedDataParallel(model)):
+    for world in (1, 2):  # of 2 there is one, which is enough for DDP
+        wrapped = Ranks(rank=0, local_rank=0, world=world).wrap(model)
         for _ in range(2):
             opt.zero_grad()
             wrapped(x).square().sum().backward()
@@ -233,6 +234,14 @@ def test_state_of_a_run_in_another_precision_is_taken_over():
     for name, parameter in second.named.items():
         assert torch.equal(moment(second, name, "master"), parameter.float())
         assert torch.equal(moment(second, name), moment(first, name))
+
+
+def test_every_tensor_begins_where_vector_loads_may():
+    for model in (Toy(), Toy().bfloat16()):
+        opt = optimizer(model)
+        starts = [tensor.storage_offset() for p in opt.named.values() for tensor in (p, p.grad)]
+        assert len(set(starts)) == len(opt.named)
+        assert all(start * p.element_size() % 16 == 0 for start, p in zip(starts[::2], opt.named.values(), strict=True))
 
 
 class Alive(TorchDispatchMode):

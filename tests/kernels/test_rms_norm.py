@@ -19,7 +19,7 @@ SHAPES = [(1, 64), (33, 96), (5, 576), (1, 1100)]  # rows of one tile and of sev
 RANDOM_SHAPES, TOKENS, WIDTHS = 4, 24, (17, 250, 300)
 if torch.cuda.is_available():
     SHAPES += [(127, 1024), (257, 1152), (577, 2730), (729, 5120), (33, 8192), (2, 16384)]
-    RANDOM_SHAPES, TOKENS, WIDTHS = 200, 4096, (1, 17, 64, 250, 1024, 1152, 2560, 2730, 4096, 5120, 11008, 16384)
+    RANDOM_SHAPES, TOKENS, WIDTHS = 200, 4096, (17, 250, 1024, 1152, 2730, 5120, 16384)
 
 Norm = Callable[[Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor]]
 
@@ -43,10 +43,10 @@ def torchs(cast_before_weight: bool = True) -> Norm:
 
 def inputs(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
     """x, delta, weight, and the gradients of stream and y."""
-    generator = torch.Generator().manual_seed(sum(shape))
-    x, delta, dstream, dy = (torch.randn(shape, generator=generator) for _ in range(4))
-    weight = 1 + torch.randn(shape[1], generator=generator) / 4
-    return tuple(tensor.to(device, dtype) for tensor in (3 * x, delta, weight, dstream, dy))
+    generator = torch.Generator(device).manual_seed(sum(shape))
+    x, delta, dstream, dy = (torch.randn(shape, generator=generator, device=device) for _ in range(4))
+    weight = 1 + torch.randn(shape[1], generator=generator, device=device) / 4
+    return tuple(tensor.to(dtype) for tensor in (3 * x, delta, weight, dstream, dy))
 
 
 def results(

@@ -67,7 +67,8 @@ def test_every_adapter_has_its_own_dropout_stream() -> None:
         adapter.load_state_dict(adapters[0].state_dict())
     norm, x = model.language.norm, torch.ones(40, 32)
     with torch.no_grad():
-        outputs = [adapter(norm, x, torch.ones(1, 2), torch.zeros(40).int(), seed_of(1)) for adapter in adapters]
+        routed = torch.ones(1, 2), torch.zeros(40).int()
+        outputs = [adapter(norm, x, None, *routed, seed_of(1))[1] for adapter in adapters]
     assert not torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[1], outputs[2])
 
 
@@ -79,8 +80,8 @@ def test_dropout_keeps_the_mean() -> None:
     adapter, row = layer.attention_adapter, torch.zeros(5, dtype=torch.int32)
     with torch.no_grad():
         mix = adapter.mix(layer.attention_norm, x[:1])
-        exact = adapter(layer.attention_norm, x, mix, row, None)
-        draws = torch.stack([adapter(layer.attention_norm, x, mix, row, seed_of(i)) for i in range(2000)])
+        _, exact = adapter(layer.attention_norm, x, None, mix, row, None)
+        draws = torch.stack([adapter(layer.attention_norm, x, None, mix, row, seed_of(i))[1] for i in range(2000)])
     error = (draws.mean(0) - exact).abs() / (draws.std(0) / 2000**0.5)
     assert draws.std(0).min() > 0 and error.max() < 5
 
