@@ -109,11 +109,13 @@ def _layer(vlm: VisionLanguageModel, pack: Pack, device: torch.device) -> Proble
     adapter = {name: p.detach() for name, p in block.named_parameters() if "_adapter." in name}
 
     def draw(generator: torch.Generator) -> Inputs:
-        return {"x": normal(generator, tokens, config.dim), **{name: p.clone() for name, p in adapter.items()}}
+        stream = {name: normal(generator, tokens, config.dim) for name in ("x", "delta")}
+        return stream | {name: p.clone() for name, p in adapter.items()}
 
     def layer(of: Block, inputs: Inputs) -> tuple[Tensor, ...]:
         trained = {name: inputs[name] for name in adapter}
-        return (torch.func.functional_call(of, trained, (inputs["x"], context)),)
+        x, delta = torch.func.functional_call(of, trained, (inputs["x"], inputs["delta"], context))
+        return x, delta
 
     def reference(inputs: Inputs) -> tuple[Tensor, ...]:
         with _reference_kernels():
@@ -122,7 +124,7 @@ def _layer(vlm: VisionLanguageModel, pack: Pack, device: torch.device) -> Proble
     flops = (4 * block_weights(config) * tokens, 4 * _pairs(pack) * config.dim)
     return Problem(
         draw=draw,
-        differentiable=("x", *adapter),
+        differentiable=("x", "delta", *adapter),
         reference=reference,
         variants=(Variant("nibble", lambda: lambda inputs: layer(block, inputs)),),
         cost=products(flops[0] / 2 + flops[1], flops[0] / 2 + 2.5 * flops[1]),

@@ -72,7 +72,7 @@ def make_plan(
     trainable = sum(p.numel() for p in model.trainable().values())
     memory = _weights(config, model, dense_bytes)
     memory["adapters and other trained weights"] = 4 * trainable
-    memory["gradients"] = 4 * trainable
+    memory["gradients"] = 4 * trainable * min(num_ranks, 2)  # DDP's buckets hold a copy
     memory["optimizer"] = 8 * trainable
     longest = max(config.runtime.tokens_per_batch, config.dataset.max_seq_len)
     memory |= _activations(config, model_config, longest, dense_bytes)

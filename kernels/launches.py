@@ -90,7 +90,6 @@ LAUNCHES: dict[str, tuple[Choice, ...]] = {
     ),
     "norm_mma_backward": (
         Choice(128, Launch(rows=16, cols=128, warps=4)),
-        Choice(1024, Launch(rows=16, cols=512, warps=8)),
         Choice(1 << 20, Launch(rows=16, cols=256, warps=8), cards=(80, 86, 89)),
         Choice(1 << 20, Launch(rows=16, cols=512, warps=16)),
         Choice(ANY, Launch(rows=16, cols=128, warps=8)),

@@ -21,10 +21,10 @@ with v = [m0 u_g ; m1 u_g ; m0 ; m1] and W_g = [up_0 ; up_1 ; up0_b ; up1_b] ove
                fp32 partial sums, added in order; no atomics, so runs repeat bit for bit                   2 streams
     dmix       sums tokens' gradients of m over the tokens of each router row, in order
 
-16 rows are swept at once. Of 16-bit rows one tile, 1024 channels forward and 512 backward, stays in registers between
-the sweeps; other tiles are read twice, the last first, which the L1 and L2 caches serve: at D = 4096 loads and stores
-are 1.33 (backward 1.53) times the least. What dadapter moves over the least is partial sums, which weigh where tokens
-are few, and u, du and m for each tile of channels, from the L2 cache.
+16 rows are swept at once. Of 16-bit rows one tile, of up to 1024 channels forward and 512 backward, stays in registers
+between the sweeps; other tiles are read twice, the last first, which the L1 and L2 caches serve: at D = 4096 loads and
+stores are 1.33 (backward 1.53) times the least. What dadapter moves over the least is partial sums, which weigh where
+tokens are few, and u, du and m for each tile of channels, from the L2 cache.
 
 16-bit products have 16-bit operands: x and dy as they are, parameters rounded once, after the norm's weight multiplied
 them, so that errors stay below those of the same expression in torch. Eager torch needs more than a dozen launches and
@@ -175,8 +175,8 @@ def norm_mma_forward(
     run(
         norm_mma_forward_kernel, (triton.cdiv(tokens, config.rows),), config,
         x, delta, norm_weight, norm_bias, packed, affine, mix, row, seed, stream, y, mean, rstd, u,
-        x.stride(0), 0 if delta is None else delta.stride(0), tokens, eps, site, limit, kept_scale,
-        BANDS=config.warps, **_shapes(x, u),
+        x.stride(0), 0 if delta is None else delta.stride(0), tokens, triton.cdiv(channels, config.cols), eps,
+        site, limit, kept_scale, BANDS=config.warps, **_shapes(x, u),
     )  # fmt: skip
     return stream, y, mean, rstd, u
 
@@ -213,13 +213,14 @@ def norm_mma_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dy, dstream, x (the stream) with unit last stride -> dx [T, D], du [T, h] fp32, dm [T, 2] fp32."""
     dx, du, dm = _backward_outputs(dy, dstream, x, norm_weight, packed, affine)
-    tokens = x.shape[0]
+    tokens, channels = x.shape
     config = launch("norm_mma_backward", _size(x), x)
     seed, limit, kept_scale = _dropout(dropout, seed)
     run(
         norm_mma_backward_kernel, (triton.cdiv(tokens, config.rows),), config,
         dy, dstream, x, norm_weight, packed, affine, mix, row, seed, mean, rstd, u, dx, du, dm,
-        dy.stride(0), 0 if dstream is None else dstream.stride(0), x.stride(0), tokens, site, limit, kept_scale,
+        dy.stride(0), 0 if dstream is None else dstream.stride(0), x.stride(0),
+        tokens, triton.cdiv(channels, config.cols), site, limit, kept_scale,
         LAYER_NORM=layer_norm, BANDS=config.warps, **_shapes(x, u),
     )  # fmt: skip
     return dx, du, dm

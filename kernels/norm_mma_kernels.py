@@ -4,7 +4,8 @@ Both hold ROWS tokens and sweep twice over the tiles of a row, there and back, s
 sweep is in registers when the second begins with it. Each tile is loaded while the one before it is at work.
 
 An absent delta or dstream is not read. An absent norm_bias means RMSNorm, an absent row that token t has router row t,
-an absent seed no dropout.
+an absent seed no dropout. The number of tiles is no constant: the compiler would unroll the sweeps where it is small,
+and run out of registers.
 """
 
 # mypy: allow-untyped-decorators
@@ -65,37 +66,7 @@ def forward_sums(
     return x, tl.dot(value, down, acc=product, input_precision="ieee"), square, total
 
 
-@triton.jit
-def forward_finish(
-    x: tl.tensor,
-    mean: tl.tensor,
-    rstd: tl.tensor,
-    v: tl.tensor,
-    norm_weight_ptr: tl.tensor,
-    norm_bias_ptr: tl.tensor | None,
-    packed_ptr: tl.tensor,
-    y_ptr: tl.tensor,
-    i: tl.tensor,
-    rows: tl.tensor,
-    live: tl.tensor,
-    CHANNELS: tl.constexpr,
-    COLS: tl.constexpr,
-    H: tl.constexpr,
-    G: tl.constexpr,
-) -> None:
-    """Tile i of y: n, rounded as the plain norms round it, and the adapter."""
-    cols, inside = tile_channels(i, CHANNELS, COLS, x.shape[1])
-    weight = load_vector(norm_weight_ptr, cols, inside, x.shape[0])
-    if norm_bias_ptr is None:
-        n = (x.to(tl.float32) * rstd).to(x.dtype).to(tl.float32) * weight
-    else:
-        n = (x.to(tl.float32) - mean) * rstd * weight + load_vector(norm_bias_ptr, cols, inside, x.shape[0])
-    n = tl.permute(n.to(x.dtype), (1, 0, 2)).to(tl.float32)
-    y = tl.dot(v, load_up(packed_ptr, cols, inside, CHANNELS, H, G), acc=n, input_precision="ieee").to(x.dtype)
-    tl.store(y_ptr + rows * CHANNELS + cols, tl.permute(y, (1, 0, 2)), mask=inside & live)
-
-
-@triton.jit(do_not_specialize=["tokens", "site", "limit"])
+@triton.jit(do_not_specialize=["tokens", "tiles", "site", "limit"])
 def norm_mma_forward_kernel(
     x_ptr: tl.tensor,
     delta_ptr: tl.tensor | None,
@@ -114,6 +85,7 @@ def norm_mma_forward_kernel(
     x_stride: tl.tensor,
     delta_stride: tl.tensor,
     tokens: tl.tensor,
+    tiles: tl.tensor,
     eps: tl.tensor,
     site: tl.tensor,
     limit: tl.tensor,
@@ -126,7 +98,7 @@ def norm_mma_forward_kernel(
     COLS: tl.constexpr,
 ) -> None:
     """One program: ROWS tokens. A sweep over the tiles for the stream, the statistics and u, and one back for y."""
-    LAST: tl.constexpr = (CHANNELS - 1) // COLS
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     LAYER_NORM: tl.constexpr = norm_bias_ptr is not None
     first = tl.program_id(0).to(tl.int64) * ROWS
     x_ptr += first * x_stride
@@ -145,7 +117,7 @@ def norm_mma_forward_kernel(
     product = tl.zeros([BANDS, ROWS, 2 * G], dtype=tl.float32)
     square = tl.zeros([ROWS, BANDS, COLS // BANDS // 8], dtype=tl.float32)
     total = tl.zeros([ROWS, BANDS, COLS // BANDS // 8], dtype=tl.float32)
-    for i in range(LAST):
+    for i in range(tiles - 1):
         next_x = load_tile(x_ptr, x_stride, i + 1, rows, live, CHANNELS, COLS, BANDS)
         next_delta = load_tile(delta_ptr, delta_stride, i + 1, rows, live, CHANNELS, COLS, BANDS)
         _, product, square, total = forward_sums(
@@ -156,7 +128,7 @@ def norm_mma_forward_kernel(
         if delta_ptr is not None:
             delta = next_delta
     x, product, square, total = forward_sums(
-        x, delta, shift, packed_ptr, stream_ptr, LAST, rows, live, product, square, total,
+        x, delta, shift, packed_ptr, stream_ptr, tiles - 1, rows, live, product, square, total,
         LAYER_NORM, CHANNELS, COLS, H, G,
     )  # fmt: skip
 
@@ -179,24 +151,24 @@ def norm_mma_forward_kernel(
     tl.store(u_ptr + first * H + at, u, mask=live & real)
 
     v = to_slots(u) * load_mix(mix_ptr, row_ptr, first, ROWS, tokens)
-    v = to_bands(tl.reshape(v, (2, ROWS, 4 * G)).to(x.dtype), BANDS)
+    v = to_bands(tl.reshape(v, (2, ROWS, 4 * G)).to(DTYPE), BANDS)
     source_ptr = x_ptr
     source_stride = x_stride
     if delta_ptr is not None:
         tl.debug_barrier()  # what one thread wrote of the stream another reads
         source_ptr = stream_ptr
         source_stride = CHANNELS
-    for i in range(LAST, 0, -1):
-        next_x = load_tile(source_ptr, source_stride, i - 1, rows, live, CHANNELS, COLS, BANDS)
-        forward_finish(
-            x, mean, rstd, v, norm_weight_ptr, norm_bias_ptr, packed_ptr, y_ptr, i, rows, live,
-            CHANNELS, COLS, H, G,
-        )  # fmt: skip
-        x = next_x
-    forward_finish(
-        x, mean, rstd, v, norm_weight_ptr, norm_bias_ptr, packed_ptr, y_ptr, 0, rows, live,
-        CHANNELS, COLS, H, G,
-    )  # fmt: skip
+    for i in range(tiles - 1, -1, -1):
+        cols, inside = tile_channels(i, CHANNELS, COLS, BANDS)
+        weight = load_vector(norm_weight_ptr, cols, inside, ROWS)
+        if norm_bias_ptr is None:  # n is rounded as the plain norms round it
+            n = (x.to(tl.float32) * rstd).to(DTYPE).to(tl.float32) * weight
+        else:
+            n = (x.to(tl.float32) - mean) * rstd * weight + load_vector(norm_bias_ptr, cols, inside, ROWS)
+        x = load_tile(source_ptr, source_stride, i - 1, rows, live & (i > 0), CHANNELS, COLS, BANDS)
+        n = tl.permute(n.to(DTYPE), (1, 0, 2)).to(tl.float32)
+        y = tl.dot(v, load_up(packed_ptr, cols, inside, CHANNELS, H, G), acc=n, input_precision="ieee")
+        tl.store(y_ptr + rows * CHANNELS + cols, tl.permute(y.to(DTYPE), (1, 0, 2)), mask=inside & live)
 
 
 @triton.jit
@@ -226,40 +198,7 @@ def backward_sums(
     return tl.dot(tl.permute(dy, (1, 0, 2)), up, acc=dv, input_precision="ieee"), along, level
 
 
-@triton.jit
-def backward_finish(
-    dy: tl.tensor,
-    x: tl.tensor,
-    dstream: tl.tensor | None,
-    mean: tl.tensor,
-    rstd: tl.tensor,
-    du: tl.tensor,
-    along: tl.tensor,
-    level: tl.tensor,
-    norm_weight_ptr: tl.tensor,
-    packed_ptr: tl.tensor,
-    dx_ptr: tl.tensor,
-    i: tl.tensor,
-    rows: tl.tensor,
-    live: tl.tensor,
-    LAYER_NORM: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    COLS: tl.constexpr,
-    H: tl.constexpr,
-    G: tl.constexpr,
-) -> None:
-    """Tile i of dx = dstream + rstd (dy weight + du down) - along (x - mean) - level."""
-    cols, inside = tile_channels(i, CHANNELS, COLS, x.shape[1])
-    dx = rstd * (dy.to(tl.float32) * load_vector(norm_weight_ptr, cols, inside, x.shape[0]))
-    dx -= along * (x.to(tl.float32) - mean) + level
-    if dstream is not None:
-        dx += dstream.to(tl.float32)
-    e = tl.dot(du, load_down(packed_ptr, cols, inside, CHANNELS, H, G, 4 * G), input_precision="ieee")
-    dx += rstd * tl.permute(e, (1, 0, 2))
-    tl.store(dx_ptr + rows * CHANNELS + cols, dx, mask=inside & live)
-
-
-@triton.jit(do_not_specialize=["tokens", "site", "limit"])
+@triton.jit(do_not_specialize=["tokens", "tiles", "site", "limit"])
 def norm_mma_backward_kernel(
     dy_ptr: tl.tensor,
     dstream_ptr: tl.tensor | None,
@@ -280,6 +219,7 @@ def norm_mma_backward_kernel(
     dstream_stride: tl.tensor,
     x_stride: tl.tensor,
     tokens: tl.tensor,
+    tiles: tl.tensor,
     site: tl.tensor,
     limit: tl.tensor,
     kept_scale: tl.tensor,
@@ -292,7 +232,7 @@ def norm_mma_backward_kernel(
     COLS: tl.constexpr,
 ) -> None:
     """One program: ROWS tokens. A sweep over the tiles for dv and the norm's two sums, and one back for dx."""
-    LAST: tl.constexpr = (CHANNELS - 1) // COLS
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     first = tl.program_id(0).to(tl.int64) * ROWS
     dy_ptr += first * dy_stride
     if dstream_ptr is not None:
@@ -309,7 +249,7 @@ def norm_mma_backward_kernel(
     dv = tl.zeros([BANDS, ROWS, 4 * G], dtype=tl.float32)
     along = tl.zeros([ROWS, BANDS, COLS // BANDS // 8], dtype=tl.float32)
     level = tl.zeros([ROWS, BANDS, COLS // BANDS // 8], dtype=tl.float32)
-    for i in range(LAST):
+    for i in range(tiles - 1):
         next_dy = load_tile(dy_ptr, dy_stride, i + 1, rows, live, CHANNELS, COLS, BANDS)
         next_x = load_tile(x_ptr, x_stride, i + 1, rows, live, CHANNELS, COLS, BANDS)
         dv, along, level = backward_sums(
@@ -319,7 +259,7 @@ def norm_mma_backward_kernel(
         dy = next_dy
         x = next_x
     dv, along, level = backward_sums(
-        dy, x, mean, norm_weight_ptr, packed_ptr, LAST, dv, along, level,
+        dy, x, mean, norm_weight_ptr, packed_ptr, tiles - 1, dv, along, level,
         LAYER_NORM, CHANNELS, COLS, H, G,
     )  # fmt: skip
 
@@ -347,18 +287,19 @@ def norm_mma_backward_kernel(
         level = rstd * (level / CHANNELS)
     along *= rstd
     du = tl.where(tl.arange(0, 2)[None, :, None, None] == 0, du[:, None, :, :], 0.0)
-    du = to_bands(tl.reshape(du, (1, ROWS, 4 * G)).to(x.dtype), BANDS)
-    dstream = load_tile(dstream_ptr, dstream_stride, LAST, rows, live, CHANNELS, COLS, BANDS)
-    for i in range(LAST, -1, -1):
-        before = tl.where(i == 0, LAST + 1, i - 1)  # a tile past the end reads nothing
-        next_dy = load_tile(dy_ptr, dy_stride, before, rows, live, CHANNELS, COLS, BANDS)
-        next_x = load_tile(x_ptr, x_stride, before, rows, live, CHANNELS, COLS, BANDS)
-        next_dstream = load_tile(dstream_ptr, dstream_stride, before, rows, live, CHANNELS, COLS, BANDS)
-        backward_finish(
-            dy, x, dstream, mean, rstd, du, along, level, norm_weight_ptr, packed_ptr, dx_ptr, i, rows, live,
-            LAYER_NORM, CHANNELS, COLS, H, G,
-        )  # fmt: skip
-        dy = next_dy
-        x = next_x
+    du = to_bands(tl.reshape(du, (1, ROWS, 4 * G)).to(DTYPE), BANDS)
+    dstream = load_tile(dstream_ptr, dstream_stride, tiles - 1, rows, live, CHANNELS, COLS, BANDS)
+    for i in range(tiles - 1, -1, -1):
+        cols, inside = tile_channels(i, CHANNELS, COLS, BANDS)
+        dx = rstd * (dy.to(tl.float32) * load_vector(norm_weight_ptr, cols, inside, ROWS))
+        dx -= along * (x.to(tl.float32) - mean) + level
         if dstream_ptr is not None:
-            dstream = next_dstream
+            dx += dstream.to(tl.float32)
+        there = live & (i > 0)
+        dy = load_tile(dy_ptr, dy_stride, i - 1, rows, there, CHANNELS, COLS, BANDS)
+        x = load_tile(x_ptr, x_stride, i - 1, rows, there, CHANNELS, COLS, BANDS)
+        if dstream_ptr is not None:
+            dstream = load_tile(dstream_ptr, dstream_stride, i - 1, rows, there, CHANNELS, COLS, BANDS)
+        e = tl.dot(du, load_down(packed_ptr, cols, inside, CHANNELS, H, G, 4 * G), input_precision="ieee")
+        dx += rstd * tl.permute(e, (1, 0, 2))
+        tl.store(dx_ptr + rows * CHANNELS + cols, dx, mask=inside & live)

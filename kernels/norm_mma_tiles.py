@@ -22,10 +22,13 @@ import triton.language as tl
 def tile_channels(
     i: tl.tensor, CHANNELS: tl.constexpr, COLS: tl.constexpr, BANDS: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Channels of tile i and whether they exist, [1, BANDS, BAND]."""
+    """Channels of tile i and whether they exist, [1, BANDS, BAND]. Only a ragged last tile is looked at."""
     band = tl.arange(0, BANDS)[None, :, None]
     within = band % (BANDS // 2) * (COLS // BANDS) + tl.arange(0, COLS // BANDS)[None, None, :] + i * (COLS // 2)
-    return band // (BANDS // 2) * (CHANNELS // 2) + within, within < CHANNELS // 2
+    inside = tl.full([1, BANDS, COLS // BANDS], True, tl.int1)
+    if CHANNELS % COLS != 0:
+        inside = within < CHANNELS // 2
+    return band // (BANDS // 2) * (CHANNELS // 2) + within, inside
 
 
 @triton.jit

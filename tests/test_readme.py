@@ -9,14 +9,17 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 import doctor
+from benchmarks import command, suite
 from engine.config import Legacy, leaves
 from engine.data import preview
 from engine.data.rows import parse_row
 from engine.errors import DataError, NibbleError
 from engine.flags import parse_chat, parse_eval, parse_train
 from engine.plan import gib, plan_without_weights
+from kernels import compile as compiler
 from scripts import verify_real
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,6 +69,16 @@ def type_it(script: str, argv: list[str]) -> list[str]:
         parse_chat(argv)
     elif script == "doctor.py":
         doctor.options(argv)
+    elif script == "kernels.compile":
+        compiler.options(argv)
+    elif script in ("kernels.traffic", "benchmarks.report"):
+        assert argv == []
+    elif script == "benchmarks.suite":
+        with pytest.raises(SystemExit, match="4"):  # the flags are right, the GPU is missing
+            suite.main(argv)
+    elif script.startswith("benchmarks."):
+        with pytest.raises(SystemExit, match="4"):
+            command.main(suite.bench(script.removeprefix("benchmarks.")), argv)
     else:
         assert script == "engine.data.preview"
         with pytest.raises(DataError, match=re.escape(argv[0])):  # the flags are right, the file is a person's own
@@ -78,6 +91,7 @@ def type_it(script: str, argv: list[str]) -> list[str]:
 @pytest.mark.parametrize("words", command_lines(), ids=lambda words: " ".join(words)[:60])
 def test_every_command_is_understood(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     if script := script_of(words):
         notes = type_it(*script)
         assert [note for note in notes if note.split()[0] not in IDLE_IN_LAVINS_LINES] == []
