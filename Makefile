@@ -26,8 +26,8 @@ compile-all: $(VENV)/.runtime
 
 # GPU tests, then every benchmark, then benchmarks/README.md; needs a CUDA GPU.
 benchmarks: $(VENV)/.dev
-	$(BIN)/python -m benchmarks.suite
-	$(BIN)/python -m benchmarks.report
+	$(BIN)/python -m benchmarks.suite; code=$$?; \
+		test $$code -eq 4 || $(BIN)/python -m benchmarks.report || code=1; exit $$code
 
 # Score a published adapter on the real weights and compare with its published figure:
 # make verify-real ARGS="--model 7b-lite --llama_model_path W/ --data_root D/ --adapter_path A.pth"

@@ -143,6 +143,7 @@ GOALS = (
             of_copy("rope", "forward", (*ROPE, *PARTIAL), 0.90),
             of_copy("rope", "backward", (*ROPE, *PARTIAL), 0.90),
             of_rate("rope", "forward", largest(ROPE), 0.90, "8,192 tokens"),
+            of_rate("rope", "backward", largest(ROPE), 0.90, "8,192 tokens"),
             faster("rope", "full", (*ROPE, *PARTIAL), "liger", 1.3),
         ),
     ),
@@ -216,7 +217,8 @@ GOALS = (
         "flat fused unscale + clip + AdamW: <= 40 us for 4 to 5 M parameters, >= 3x torch's fused AdamW + clip + "
         "scaler",
         (
-            Condition("microseconds", "adamw", "step", ADAMW, "<=", 40.0, unit=1e-3),
+            # LaVIN-13B's 5.4 M move 172 MB, 40 us of copying: the limit is for 4 to 5 M
+            Condition("microseconds", "adamw", "step", ADAMW[:1], "<=", 40.0, unit=1e-3),
             faster("adamw", "step", ADAMW, "torch", 3.0),
         ),
     ),

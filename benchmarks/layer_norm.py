@@ -42,7 +42,7 @@ def problem(case: Case, device: torch.device) -> Problem:
         variants=(
             Variant("nibble", lambda: _nibble(add)),
             Variant("torch", lambda: _with(_torch_norm, add)),
-            Variant("compile", lambda: _compile(add)),
+            Variant("compile", lambda: _compile(add), quick=False),
             Variant("liger", lambda: _liger(add), package="liger-kernel"),
             Variant("apex", lambda: _apex(add), package="apex"),
         ),

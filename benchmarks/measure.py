@@ -4,8 +4,8 @@
   written) and the rate of a large bf16 matrix product, both on random data. Everything is a fraction of them.
 * A sample is one pass over several sets of inputs, larger together than the L2 cache, between two events; its time is
   divided by the number of sets. Inputs are restored before each sample (many ops work in place), and the cache is
-  swept. The sweep also keeps the queue busy until the host has enqueued the pass, so that short kernels are not timed
-  by the speed of the host.
+  swept by reading, which leaves nothing to be written back in the sample's time. The sweep also keeps the queue busy
+  until the host has enqueued the pass, so that short kernels are not timed by the speed of the host.
 * The pass is a CUDA graph. Where one variant of a case waits for the device, which no graph can hold, all variants of
   the case are called as usual instead ("stream"), so that like is compared with like.
 * Variants take turns, sample by sample; each turn begins with another one.
@@ -129,8 +129,8 @@ class Clock:
     def __init__(self, effort: Effort) -> None:
         self.effort = effort
         self.stream = torch.cuda.Stream()
-        self.sweep_buffer = torch.empty(4 * _l2_bytes(), dtype=torch.uint8, device="cuda")
-        self.sweep_seconds = _median_ms(self.sweep_buffer.zero_) / 1e3
+        self.sweep_buffer = torch.zeros(_l2_bytes(), device="cuda")  # fp32: four times the cache
+        self.sweep_seconds = _median_ms(self.sweep_buffer.sum) / 1e3
         self.graphs_work = True  # after a capture that failed, torch 2.11's allocator takes no other, nor empty_cache
 
     def interleaved(self, lanes: Sequence[Lane], mode: Mode, restore: Callable[[], object]) -> dict[str, Timing | str]:
@@ -222,7 +222,7 @@ class Clock:
         restore()
         runner.before()
         for _ in range(runner.sweeps):
-            self.sweep_buffer.zero_()
+            self.sweep_buffer.sum()
         start.record()
         runner.timed()
         end.record()

@@ -3,7 +3,7 @@
 r of a head's d channels turn: all of LLaMA's 128, 32 of Phi-2's 80, 16 of StableLM's 64. Half-split pairs, as in
 Hugging Face's models, so that Liger can take part; it and torch get cos and sin of every token, gathered beforehand
 (a model does that once for all layers), ours reads the table. Least bytes: the turning channels of q and k, read and
-written, and two fp32 values of the table for each pair of a token.
+written, a position id of 4 bytes a token, and once each row of the fp32 table that some token needs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def cases() -> list[Case]:
 
 def problem(case: Case, device: torch.device) -> Problem:
     tokens, heads, d, r = (case.shape[key] for key in ("T", "H", "d", "r"))
-    packed = torch.tensor(lengths.positions(lengths.pack(tokens)), dtype=torch.int32, device=device)
+    samples = lengths.pack(tokens)
+    packed = torch.tensor(lengths.positions(samples), dtype=torch.int32, device=device)
     cos, sin = rope_table(r, lengths.LONGEST, 10000.0, device)
 
     def draw(generator: torch.Generator) -> Inputs:
@@ -48,7 +49,7 @@ def problem(case: Case, device: torch.device) -> Problem:
     def expression(q: Tensor, k: Tensor, of_cos: Tensor, of_sin: Tensor) -> tuple[Tensor, Tensor]:
         return _turn(q, of_cos, of_sin, r), _turn(k, of_cos, of_sin, r)
 
-    once = 2 * 2 * tokens * heads * r * 2 + tokens * r * 4  # q and k, in and out, 2 bytes; cos and sin [T, r / 2]
+    once = 2 * 2 * tokens * heads * r * 2 + 4 * tokens + max(samples) * r * 4  # cos and sin [P, r / 2], fp32
     return Problem(
         draw=draw,
         differentiable=("q", "k"),

@@ -60,7 +60,7 @@ def measure(
         try:
             found = clock.interleaved([*lanes, *copies], mode, restore)
         except RuntimeError as error:
-            found = {lane.variant.name: reason(error) for lane in lanes}
+            found = {lane.variant.name: reason(error) for lane in [*lanes, *copies]}
         for lane in [*lanes, *copies]:
             timing = found[lane.variant.name]
             if isinstance(timing, str):

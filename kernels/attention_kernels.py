@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.linear_cross_entropy import logarithm
+from kernels.logarithm import logarithm
 
 LOWEST = tl.constexpr(-3e38)  # below every score, and finite: no row's maximum is ever -inf - -inf
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -207,7 +207,7 @@ def attention_forward_kernel(
     ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr,
 ) -> None:  # fmt: skip
     """One program: the queries of a tile, over the keys that they see."""
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)  # heads may be far apart
     first = tl.program_id(0) * ROWS
     low, high, begin, end, masked_from = keys_of(cu_seqlens_ptr, segments, tokens, first, ROWS, INNER, CAUSAL)
     q = load(q_ptr + head * q_head * UNIT, q_token * UNIT, first, tokens, ROWS, D, COLS, REST)
@@ -226,7 +226,7 @@ def attention_forward_kernel(
     )  # fmt: skip
     store(o_ptr + head * D, tl.num_programs(1) * D, first, tokens, scaled(o, 1.0 / total[:, None]), D)
     rows = first + tl.arange(0, ROWS)
-    tl.store(lse_ptr + head.to(tl.int64) * tokens + rows, top + logarithm(total) * LOG2E, mask=rows < tokens)
+    tl.store(lse_ptr + head * tokens + rows, top + logarithm(total) * LOG2E, mask=rows < tokens)
 
 
 @triton.jit
@@ -256,7 +256,7 @@ def attention_dq_kernel(
     ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr,
 ) -> None:  # fmt: skip
     """One program: the queries of a tile, over the keys that they see; also their delta."""
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)  # heads may be far apart
     first = tl.program_id(0) * ROWS
     low, high, begin, end, masked_from = keys_of(cu_seqlens_ptr, segments, tokens, first, ROWS, INNER, CAUSAL)
     o_stride = tl.num_programs(1) * D
@@ -264,7 +264,7 @@ def attention_dq_kernel(
     do = load(do_ptr + head * do_head * UNIT, do_token * UNIT, first, tokens, ROWS, D, COLS, REST)
     delta = row_sums(do, load(o_ptr + head * D, o_stride, first, tokens, ROWS, D, COLS, REST))
     rows = first + tl.arange(0, ROWS)
-    at = head.to(tl.int64) * tokens + rows
+    at = head * tokens + rows
     tl.store(delta_ptr + at, delta, mask=rows < tokens)
     lse = tl.load(lse_ptr + at, mask=rows < tokens, other=0.0)
     k_ptr += head // GROUP * k_head * UNIT
@@ -317,7 +317,7 @@ def attention_dkdv_kernel(
     ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr,
 ) -> None:  # fmt: skip
     """One program: the keys of a tile, over the queries that see them, one query head of their group after another."""
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * ROWS
     last = tl.minimum(first + ROWS, tokens) - 1
     rows = tl.minimum(first + tl.arange(0, ROWS), last)
@@ -332,17 +332,18 @@ def attention_dkdv_kernel(
     dk = zeros(ROWS, COLS, REST)
     dv = zeros(ROWS, COLS, REST)
     head = kv_head * GROUP
-    q_ptr += head * q_head * UNIT
-    do_ptr += head * do_head * UNIT
-    lse_ptr += head.to(tl.int64) * tokens
-    delta_ptr += head.to(tl.int64) * tokens
+    q_far, do_far = q_head.to(tl.int64) * UNIT, do_head.to(tl.int64) * UNIT
+    q_ptr += head * q_far
+    do_ptr += head * do_far
+    lse_ptr += head * tokens
+    delta_ptr += head * tokens
     dk, dv = dkdv_steps(
-        dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, q_head * UNIT, do_head * UNIT, q_token * UNIT,
-        do_token * UNIT, tokens, begin, masked_to, low, high, exp2_scale, GROUP, D, COLS, REST, INNER, True,
+        dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, q_far, do_far, q_token * UNIT, do_token * UNIT,
+        tokens, begin, masked_to, low, high, exp2_scale, GROUP, D, COLS, REST, INNER, True,
     )  # fmt: skip
     dk, dv = dkdv_steps(
-        dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, q_head * UNIT, do_head * UNIT, q_token * UNIT,
-        do_token * UNIT, tokens, masked_to, end, low, high, exp2_scale, GROUP, D, COLS, REST, INNER, False,
+        dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, q_far, do_far, q_token * UNIT, do_token * UNIT,
+        tokens, masked_to, end, low, high, exp2_scale, GROUP, D, COLS, REST, INNER, False,
     )  # fmt: skip
     stride = tl.num_programs(1) * D
     store(dk_ptr + kv_head * D, stride, first, tokens, scaled(dk, of_scores), D)

@@ -21,10 +21,10 @@ with v = [m0 u_g ; m1 u_g ; m0 ; m1] and W_g = [up_0 ; up_1 ; up0_b ; up1_b] ove
                fp32 partial sums, added in order; no atomics, so runs repeat bit for bit                   2 streams
     dmix       sums tokens' gradients of m over the tokens of each router row, in order
 
-16 rows are swept at once. Of 16-bit rows one tile, of up to 1024 channels forward and 512 backward, stays in registers
-between the sweeps; other tiles are read twice, the last first, which the L1 and L2 caches serve: at D = 4096 loads and
-stores are 1.33 (backward 1.53) times the least. What dadapter moves over the least is partial sums, which weigh where
-tokens are few, and u, du and m for each tile of channels, from the L2 cache.
+16 rows are swept at once. Of 16-bit rows one tile, of up to 512 channels (1024 forward without delta), stays in
+registers between the sweeps; other tiles are read twice, the last first, which the L1 and L2 caches serve: at D = 4096
+loads and stores are 1.33 (backward 1.53) times the least. What dadapter moves over the least is partial sums, which
+weigh where tokens are few, and u, du and m for each tile of channels, from the L2 cache.
 
 16-bit products have 16-bit operands: x and dy as they are, parameters rounded once, after the norm's weight multiplied
 them, so that errors stay below those of the same expression in torch. Eager torch needs more than a dozen launches and

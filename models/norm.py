@@ -10,7 +10,7 @@ from kernels.rms_norm import add_rms_norm, rms_norm
 
 
 class Norm(nn.Module):
-    """[..., D] -> [..., D]; statistics in fp32, weight (and bias) [D].
+    """[T, D] -> [T, D]; statistics in fp32, weight (and bias) [D].
 
     In a 16-bit model a LayerNorm's weight and bias stay in fp32, as in CLIP; an RMSNorm's weight does not, as in LLaMA.
     """

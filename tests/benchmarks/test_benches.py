@@ -155,6 +155,21 @@ def test_a_variant_cannot_spoil_the_others_inputs() -> None:
     assert len({row.variant for row in rows}) == 3
 
 
+def test_a_clock_that_fails_costs_one_mode_and_names_the_reason() -> None:
+    class Fails(Stopped):
+        def interleaved(self, of: Sequence[Lane], mode: Mode, restore: Callable[[], object]) -> dict[str, Timing | str]:
+            if mode == "forward":
+                raise RuntimeError("out of memory")
+            return super().interleaved(of, mode, restore)
+
+    bench = bench_of(Variant("nibble", lambda: double))
+    rows = list(measure(bench, bench.cases()[0], CPU, Fails(), ORIGIN))
+    assert {(row.variant, row.failure) for row in rows if row.mode == "forward"} == {
+        (name, "RuntimeError: out of memory") for name in ("nibble", "copy")
+    }
+    assert all(row.ms for row in rows if row.mode != "forward") and len(rows) == 6
+
+
 def test_restoring_gives_every_tensor_its_first_value() -> None:
     frozen = torch.ones(3)
     sets = [lanes.Drawn({"x": torch.full((2,), float(i)), "w": frozen}, (), ()) for i in range(2)]

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import command, suite
+from benchmarks import checks, command, suite
+from engine.op_checks import OpCheck
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,7 +32,7 @@ def test_a_benchmark_needs_a_gpu(name: str, capsys: pytest.CaptureFixture[str], 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("words", [["benchmarks.suite", "--quick"], ["benchmarks.rope"]])
+@pytest.mark.parametrize("words", [["benchmarks.suite", "--quick"], ["benchmarks.rope"], ["benchmarks.checks"]])
 def test_the_process_ends_with_exit_code_4(words: list[str]) -> None:
     hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
@@ -111,6 +112,27 @@ def test_a_part_that_fails_does_not_stop_the_others(
     assert summary.count("  ok\n") == len(suite.PARTS) - 3
 
 
+def test_quick_and_a_machine_without_pytest_check_the_kernels_as_the_doctor_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for flags, installed in (["--quick"], True), ([], False):
+        processes = Processes({})
+        monkeypatch.setattr(suite.importlib.util, "find_spec", lambda name, found=installed: found or None)
+        assert run_suite(monkeypatch, processes, "--only", "tests", *flags) == 0
+        assert [words[1:] for words in processes.started] == [["-m", "benchmarks.checks"]]
+
+
+def test_a_kernel_that_the_doctor_finds_wrong_fails_the_checks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(checks, "require_gpu", lambda: None)
+    for error, code in (1e-6, 0), (0.5, 1):
+        op = OpCheck(op="rope", backend="triton", why="", forward=error, backward=error, allowed=1e-3)
+        monkeypatch.setattr(checks, "check_ops", lambda device, dtype, found=op: [found])
+        assert checks.main() == code
+    assert "WRONG rope" in capsys.readouterr().out
+
+
 def test_all_is_well(monkeypatch: pytest.MonkeyPatch) -> None:
     processes = Processes({})
     assert run_suite(monkeypatch, processes, "--only", "adamw", "--quick") == 0
@@ -129,7 +151,7 @@ def test_quick_ends_in_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 def test_nothing_but_torch_is_needed() -> None:
     """Told by a fresh interpreter, so that what the modules import in turn counts too."""
-    modules = [f"benchmarks.{name}" for name in ("suite", "report", *suite.BENCHES)]
+    modules = [f"benchmarks.{name}" for name in ("suite", "report", "checks", *suite.BENCHES)]
     script = f"""
 import importlib, sys
 import numpy, torch, triton

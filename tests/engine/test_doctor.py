@@ -24,7 +24,7 @@ from kernels import dispatch
 
 REPOSITORY = Path(__file__).parents[2]
 # files of kernels/ without an op of their own
-NO_OPS = {"attention_peers", "compile", "dispatch", "dropout", "launches", "traffic", "__init__"}
+NO_OPS = {"attention_peers", "compile", "dispatch", "dropout", "launches", "logarithm", "traffic", "__init__"}
 NO_OPS |= {"norm_mma_parameter", "norm_mma_tiles", "router"}
 
 Look = Callable[[], "tuple[int, dict[str, Any]]"]

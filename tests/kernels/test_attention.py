@@ -236,6 +236,21 @@ def test_the_own_kernels_copy_no_view_and_skip_what_is_not_trained(device: torch
     assert "attention_dkdv_kernel" in launched
 
 
+def test_heads_that_lie_far_apart(device: torch.device) -> None:
+    """More than 2^31 elements from the first head to the last; of the memory between them nothing is touched."""
+    torch.manual_seed(0)
+    near = [torch.randn(5, 3, 16, device=device).half().requires_grad_() for _ in range(3)]
+    with torch.no_grad():
+        room = torch.empty(2**31 + 3 * 16 * 5, dtype=torch.float16, device=device)
+        far = [room[i * 80 :].as_strided((5, 3, 16), (16, 2**30, 1)).copy_(x) for i, x in enumerate(near)]
+    outs = []
+    for q, k, v in (near, [x.requires_grad_() for x in far]):
+        out = attend("triton", q, k, v, bounds(2, 3).to(device), 3, causal=True)
+        outs.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    for ours, expected in zip(*outs, strict=True):
+        assert torch.equal(ours, expected)
+
+
 def test_tokens_that_no_segment_covers(device: torch.device) -> None:
     """The reference refuses them, having the lengths at hand; the own kernels take them for one segment more."""
     tensors = [x.to(device) for x in inputs(20, 2, 2, 16)]

@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -22,7 +20,6 @@ from kernels.linear_cross_entropy import (
     cross_entropy_rows,
     linear_cross_entropy,
     linear_cross_entropy_reference,
-    logarithm,
     scale_gradient,
 )
 from kernels.nf4 import dequantize_nf4, quantize_nf4
@@ -321,24 +318,6 @@ def test_without_a_gradient_the_logits_stay(triton_backend: None, device: torch.
 def test_rows_that_overlap_are_refused(triton_backend: None, device: torch.device) -> None:
     with pytest.raises(ValueError, match=r"multiples of 8 elements, got strides \(97, 1\)"):
         rows_of(torch.zeros(2, 97, device=device), [0, 1], [1.0, 1.0])
-
-
-@triton.jit
-def logarithm_kernel(x_ptr: tl.tensor, SIZE: tl.constexpr) -> None:
-    at = tl.arange(0, SIZE)
-    tl.store(x_ptr + at, logarithm(tl.load(x_ptr + at)))
-
-
-def test_logarithm(device: torch.device) -> None:
-    """To two ulps, near 1 too."""
-    x = torch.rand(4096, generator=torch.Generator().manual_seed(0)).mul_(12).exp_()
-    x[:2048] = 1 + x[:2048] * 1e-6
-    x[0] = 1.0
-    exact = x.double().log()
-    got = x.to(device)
-    logarithm_kernel[(1,)](got, SIZE=4096)
-    assert got[0] == 0.0
-    assert ((got.cpu().double() - exact).abs() <= 2.4e-7 * exact).all()
 
 
 @pytest.mark.parametrize("frozen", [True, False])
