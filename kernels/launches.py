@@ -83,13 +83,13 @@ LAUNCHES: dict[str, tuple[Choice, ...]] = {
     "norm_mma_pack": (Choice(ANY, Launch(rows=1, cols=2048, warps=8)),),
     "norm_mma_forward": (  # tiles are twice as wide without delta
         Choice(128, Launch(rows=16, cols=128, warps=4)),
-        Choice(1 << 20, Launch(rows=16, cols=256, warps=8), cards=(80, 86, 89, 120)),
+        Choice(1 << 20, Launch(rows=16, cols=256, warps=8), cards=(80, 86, 89)),
         Choice(1 << 20, Launch(rows=16, cols=512, warps=16)),
         Choice(ANY, Launch(rows=16, cols=128, warps=8)),
     ),
     "norm_mma_backward": (
         Choice(128, Launch(rows=16, cols=128, warps=4)),
-        Choice(1 << 20, Launch(rows=16, cols=256, warps=8), cards=(80, 86, 89, 120)),
+        Choice(1 << 20, Launch(rows=16, cols=256, warps=8), cards=(80, 86, 89)),
         Choice(1 << 20, Launch(rows=16, cols=512, warps=16)),
         Choice(ANY, Launch(rows=16, cols=128, warps=8)),
     ),

@@ -81,12 +81,12 @@ def count(call: Call, tokens: int) -> Traffic:
     with recording(remember), _watching(loads, stores):
         result = call.registered.launcher(*call.arguments)
     tensors = [x for x in launched.values() if x.numel()]
-    public = {x.untyped_storage().data_ptr() for x in _tensors((call.arguments, result))}
+    inputs, outputs = ({x.untyped_storage().data_ptr() for x in _tensors(y)} for y in (call.arguments, result))
     least = moved = reloads = 0
     for tensor, loaded, stored in zip(tensors, _attributed(loads, tensors), _attributed(stores, tensors), strict=True):
-        issued = loaded.issued + stored.issued
-        once = loaded.unique + stored.unique
-        if tensor.untyped_storage().data_ptr() not in public:
+        issued, storage = loaded.issued + stored.issued, tensor.untyped_storage().data_ptr()
+        once = stored.unique + (loaded.unique if storage in inputs else 0)  # what was just written needs no reading
+        if storage not in inputs | outputs:
             moved += issued
         elif stored.issued or tensor.shape[:1] == (tokens,):
             least, moved = least + once, moved + issued

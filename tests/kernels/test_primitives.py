@@ -98,6 +98,16 @@ RATIO = {
     "scale_gradient, head": 1.00,
 }
 
+# At 64 tokens of 4,096 channels.
+WIDE_RATIO = {
+    "norm_mma_forward, RMSNorm": 1.33,
+    "norm_mma_forward, RMSNorm with residual": 1.2,
+    "norm_mma_forward, LayerNorm": 1.2,
+    "norm_mma_backward, RMSNorm": 1.53,
+    "norm_mma_backward, RMSNorm with residual": 1.41,
+    "norm_mma_backward, LayerNorm": 1.4,
+}
+
 
 def call(op: str, index: int, dtype: torch.dtype, device: torch.device) -> Call:
     draw = Draw(device, dtype, torch.Generator().manual_seed(index))
@@ -190,3 +200,11 @@ def traffic() -> list[Traffic]:
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="counted in the interpreter")
 def test_bytes_moved(traffic: list[Traffic]) -> None:
     assert {row.call: round(row.ratio, 2) for row in traffic} == RATIO
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="counted in the interpreter")
+def test_bytes_moved_of_rows_that_do_not_fit_the_registers() -> None:
+    """At the width of LLaMA-7B, where norm_mma sweeps twice over a row."""
+    draw = Draw(torch.device("cpu"), torch.float16, torch.Generator().manual_seed(0))
+    calls = [each for each in samples.calls("norm_mma", draw, 64, 4096) if each.label in WIDE_RATIO]
+    assert {each.label: round(count(each, 64).ratio, 2) for each in calls} == WIDE_RATIO
