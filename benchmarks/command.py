@@ -12,7 +12,7 @@ import torch
 from benchmarks.measure import QUICK, Clock, Effort, ceilings, reason
 from benchmarks.problem import Bench, Case
 from benchmarks.rows import Origin, Recorder, Row
-from benchmarks.session import describe, measure
+from benchmarks.session import describe, device_is_lost, measure
 
 RESULTS = Path(__file__).parent / "results"
 NO_GPU = 4  # exit code of an environment that cannot do it
@@ -64,6 +64,9 @@ def _rows(bench: Bench, case: Case, clock: Clock, origin: Origin, quick: bool) -
     try:
         yield from measure(bench, case, torch.device("cuda"), clock, origin, quick=quick)
     except Exception as error:  # no memory for the inputs, a reference that fails: the next case may do
+        if device_is_lost():
+            print(f"{case.name}: the device does not answer any more, the rest is not measured: {reason(error)}")
+            raise SystemExit(FAILED) from error
         yield Row(
             bench=bench.name, case=dict(case.shape), variant="nibble", dtype="-", mode=None,
             failure=f"the case could not be measured: {reason(error)}", origin=origin,

@@ -60,6 +60,8 @@ def measure(
         try:
             found = clock.interleaved([*lanes, *copies], mode, restore)
         except RuntimeError as error:
+            if device_is_lost():
+                raise
             found = {lane.variant.name: reason(error) for lane in [*lanes, *copies]}
         for lane in [*lanes, *copies]:
             timing = found[lane.variant.name]
@@ -67,6 +69,17 @@ def measure(
                 yield row(lane.variant, mode, failure=timing)
             else:
                 yield row(lane.variant, mode, error=lane.error, **asdict(timing), **_rates(cost, timing.ms, ceilings))
+
+
+def device_is_lost() -> bool:
+    """After an illegal access, which may be a peer's, everything fails: that is no word on what comes next."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _sets(problem: Problem, case: Case, ceilings: Ceilings, variants: int, device: torch.device) -> int:

@@ -42,6 +42,25 @@ def test_the_process_ends_with_exit_code_4(words: list[str]) -> None:
     assert done.stderr.splitlines()[-1] == "benchmarks need a CUDA GPU, and torch finds none"
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_lost_device_ends_the_part_and_blames_nobody(
+    lost: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(command, "measure", failing)
+    monkeypatch.setattr(command, "device_is_lost", lambda: lost)
+    bench: Any = suite.bench("rope")
+    rows = command._rows(bench, bench.cases()[0], None, None, False)  # type: ignore[arg-type]
+    if lost:
+        with pytest.raises(SystemExit, match="1"):
+            list(rows)
+        assert "illegal memory access" in capsys.readouterr().out
+    else:
+        assert [row.failure is not None for row in rows] == [True]
+
+
 @pytest.mark.usefixtures("no_gpu")
 def test_lists_need_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert suite.main(["--list"]) == 0
