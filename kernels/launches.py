@@ -82,7 +82,7 @@ LAUNCHES: dict[str, tuple[Choice, ...]] = {
     # norm_mma: the last choice of a kernel is that of fp32 rows, of any width, whose products have no tensor cores.
     "norm_mma_pack": (Choice(ANY, Launch(rows=1, cols=2048, warps=8)),),
     "norm_mma_forward": (  # tiles are twice as wide without delta
-        Choice(128, Launch(rows=16, cols=128, warps=4)),
+        Choice(128, Launch(rows=16, cols=128, warps=8)),
         Choice(1 << 20, Launch(rows=16, cols=256, warps=8), cards=(80, 86, 89)),
         Choice(1 << 20, Launch(rows=16, cols=512, warps=16)),
         Choice(ANY, Launch(rows=16, cols=128, warps=8)),
