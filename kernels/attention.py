@@ -223,11 +223,17 @@ def _preferred(q: Tensor, max_seqlen: int) -> tuple[str, str]:
     if not q.is_cuda:
         return "triton", ""  # in the interpreter
     capability, head_dim = card(q), q.shape[-1]
+    passed_over = ""  # what would have been better and is not here
     for row in PREFERENCES:
         fits = q.dtype in row.dtypes and capability >= row.oldest and max_seqlen <= row.longest
-        if fits and head_dim <= row.head_dim and head_dim % row.multiple == 0 and not _missing(row.implementation):
-            return row.implementation, "fastest here" if row.measured else "predicted to be the fastest here"
-    return "reference", f"no kernel for {q.dtype} with head dim {head_dim} on sm_{capability}"
+        if not (fits and head_dim <= row.head_dim and head_dim % row.multiple == 0):
+            continue
+        if obstacle := _missing(row.implementation):
+            passed_over += f"; not {row.implementation}: {obstacle}"
+            continue
+        why = "fastest here" if row.measured else "predicted to be the fastest here"
+        return row.implementation, why + passed_over
+    return "reference", f"no kernel for {q.dtype} with head dim {head_dim} on sm_{capability}{passed_over}"
 
 
 def attend(
