@@ -14,7 +14,8 @@ from torch import Tensor
 from benchmarks import command
 from benchmarks.peers import bitsandbytes_dequantize, parts, unsloth_dequantize, whole
 from benchmarks.problem import Bench, Call, Case, Cost, Inputs, Problem, Variant, normal
-from kernels.nf4 import NF4Tensor, dequantize_nf4, dequantize_nf4_reference, quantize_nf4
+from kernels.dequantize_nf4 import dequantize_nf4, dequantize_nf4_reference
+from kernels.nf4 import NF4Tensor, quantize_nf4
 
 
 def cases() -> list[Case]:

@@ -15,8 +15,9 @@ from torch import Tensor
 from benchmarks import command
 from benchmarks.peers import bitsandbytes_linear, parts, whole
 from benchmarks.problem import TRAINING, Bench, Case, Cost, Inputs, Problem, Variant, normal, products
+from kernels.dequantize_nf4 import dequantize_nf4_reference
 from kernels.linear_nf4 import linear_nf4
-from kernels.nf4 import dequantize_nf4_reference, quantize_nf4
+from kernels.nf4 import quantize_nf4
 
 DECODE = (1, 8, 32, 128)
 TRAIN = (512, 2048, 8192)

@@ -17,9 +17,10 @@ from torch import Tensor
 from benchmarks import command
 from benchmarks.peers import bitsandbytes_linear, parts, whole
 from benchmarks.problem import Bench, Call, Case, Inputs, Problem, Variant, compiled, normal, products
+from kernels.dequantize_nf4 import dequantize_nf4_reference
 from kernels.linear_nf4 import linear_nf4
 from kernels.lora_linear import lora_linear, lora_linears
-from kernels.nf4 import NF4Tensor, dequantize_nf4_reference, quantize_nf4
+from kernels.nf4 import NF4Tensor, quantize_nf4
 
 SCALING, RANK = 2.0, 16
 

@@ -22,8 +22,8 @@ from engine.optim import Optimizer
 from engine.scaler import LossScaler
 from engine.step import dropout_seed, train_step
 from kernels import dispatch
+from kernels.dequantize_nf4 import dequantize_nf4_reference
 from kernels.int8 import Int8Tensor
-from kernels.nf4 import dequantize_nf4_reference
 from models.language.llama import LLAMA_7B, LLAMA_13B, Block, Context, LlamaConfig
 from models.linear import Linear
 from models.norm import Norm

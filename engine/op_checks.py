@@ -20,13 +20,14 @@ from kernels import dispatch
 from kernels.activation import bias_act, bias_act_reference
 from kernels.adamw import adamw, adamw_reference
 from kernels.attention import varlen_attention, varlen_attention_reference
+from kernels.dequantize_nf4 import dequantize_nf4
 from kernels.int8 import Int8Tensor, linear_int8, quantize_int8
 from kernels.layer_norm import add_layer_norm, layer_norm, layer_norm_reference
 from kernels.linear_act import linear_act, linear_act_reference
 from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from kernels.linear_nf4 import linear_nf4
 from kernels.lora_linear import lora_linear, lora_linear_reference
-from kernels.nf4 import BLOCK, BLOCK2, LEVELS, NF4Tensor, dequantize_nf4, dynamic_map, quantize_nf4
+from kernels.nf4 import BLOCK, BLOCK2, LEVELS, NF4Tensor, dynamic_map, quantize_nf4
 from kernels.norm_mma import add_norm_mma, norm_mma, norm_mma_reference
 from kernels.projector import projector_mlp, projector_mlp_reference
 from kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_reference

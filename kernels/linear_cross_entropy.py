@@ -39,10 +39,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.dequantize_nf4 import dequantize_nf4
 from kernels.dispatch import choose, launch, primitive, run, wide
 from kernels.int8 import Int8Tensor, dequantize_int8
 from kernels.logarithm import logarithm
-from kernels.nf4 import NF4Tensor, dequantize_nf4
+from kernels.nf4 import NF4Tensor
 
 ROW_MULTIPLE = 128
 SMALLEST_CHUNK = 1024  # rows; fewer make the products inefficient

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.nf4 import NF4Tensor, dequantize_nf4
+from kernels.dequantize_nf4 import dequantize_nf4
+from kernels.nf4 import NF4Tensor
 
 
 class _LinearNF4(torch.autograd.Function):

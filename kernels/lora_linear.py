@@ -36,10 +36,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels import lora_linear_kernels
+from kernels.dequantize_nf4 import dequantize_nf4
 from kernels.dispatch import choose, launch, primitive, run, unit_stride, wide
 from kernels.dropout import keep_mask, threshold
 from kernels.int8 import Int8Tensor, dequantize_int8
-from kernels.nf4 import NF4Tensor, dequantize_nf4
+from kernels.nf4 import NF4Tensor
 
 Weight = Tensor | NF4Tensor | Int8Tensor
 LARGEST_GROUP, LARGEST_RANK = 3, 128

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kernels import linear_cross_entropy as module
+from kernels.dequantize_nf4 import dequantize_nf4
 from kernels.int8 import dequantize_int8, quantize_int8
 from kernels.linear_cross_entropy import (
     chunk_rows,
@@ -22,7 +23,7 @@ from kernels.linear_cross_entropy import (
     linear_cross_entropy_reference,
     scale_gradient,
 )
-from kernels.nf4 import dequantize_nf4, quantize_nf4
+from kernels.nf4 import quantize_nf4
 from tests.kernels.tolerance import assert_within_twice
 
 ON_GPU = torch.cuda.is_available()

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.dequantize_nf4 import dequantize_nf4
 from kernels.linear_nf4 import linear_nf4
-from kernels.nf4 import NF4Tensor, dequantize_nf4, quantize_nf4
+from kernels.nf4 import NF4Tensor, quantize_nf4
 from tests.kernels.tolerance import assert_within_twice
 
 

@@ -12,9 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels import dequantize_nf4 as unpacking
 from kernels import nf4
+from kernels.dequantize_nf4 import dequantize_nf4
 from kernels.dispatch import BackendError, set_backend
-from kernels.nf4 import NF4Tensor, dequantize_nf4, quantize_nf4
+from kernels.nf4 import NF4Tensor, quantize_nf4
 
 functional: Any = pytest.importorskip("bitsandbytes.functional")
 
@@ -182,13 +184,13 @@ def test_explicit_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> N
     try:
         with pytest.raises(BackendError, match=r"dequantize_nf4: backend 'cuda' .*torch\.uint8 tensor on cpu"):
             dequantize_nf4(quantize_nf4(torch.ones(4, 4)))
-        monkeypatch.setattr(nf4, "_bitsandbytes", lambda: None)
+        monkeypatch.setattr(unpacking, "_bitsandbytes", lambda: None)
         with pytest.raises(BackendError, match="bitsandbytes with CUDA is missing"):
-            nf4._backend(on_gpu)
-        monkeypatch.setattr(nf4, "_bitsandbytes", lambda: functional)
-        assert nf4._backend(on_gpu) == "cuda"
+            unpacking._backend(on_gpu)
+        monkeypatch.setattr(unpacking, "_bitsandbytes", lambda: functional)
+        assert unpacking._backend(on_gpu) == "cuda"
         set_backend("reference")
-        assert nf4._backend(on_gpu) == "reference"
+        assert unpacking._backend(on_gpu) == "reference"
     finally:
         set_backend(previous)
 
@@ -212,11 +214,11 @@ def test_importing_bitsandbytes_does_not_talk_about_our_name(
     for name in [name for name in sys.modules if name.partition(".")[0] == "bitsandbytes"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(tmp_path)
-    nf4._bitsandbytes.cache_clear()
+    unpacking._bitsandbytes.cache_clear()
     try:
-        assert nf4._bitsandbytes().__file__ == str(tmp_path / "bitsandbytes" / "functional.py")
+        assert unpacking._bitsandbytes().__file__ == str(tmp_path / "bitsandbytes" / "functional.py")
     finally:
-        nf4._bitsandbytes.cache_clear()
+        unpacking._bitsandbytes.cache_clear()
         for name in [name for name in sys.modules if name.partition(".")[0] == "bitsandbytes"]:
             monkeypatch.delitem(sys.modules, name)  # the real ones come back with the others
     assert [record.getMessage() for record in caplog.records] == ["something else"]
@@ -232,6 +234,6 @@ def test_cuda_equals_cpu(dtype: torch.dtype) -> None:
     for name in ("codes", "absmax_codes", "absmax2", "offset"):
         assert torch.equal(getattr(here, name), getattr(there, name).cpu()), name
     values = dequantize_nf4(here)
-    assert torch.equal(nf4.dequantize_nf4_reference(there, dtype).cpu(), values)
-    if nf4._bitsandbytes() is not None:
-        assert torch.equal(nf4._dequantize_bitsandbytes(there, dtype).cpu(), values)
+    assert torch.equal(unpacking.dequantize_nf4_reference(there, dtype).cpu(), values)
+    if unpacking._bitsandbytes() is not None:
+        assert torch.equal(unpacking._dequantize_bitsandbytes(there, dtype).cpu(), values)

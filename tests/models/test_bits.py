@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from engine.data.packing import collate, token_weights
+from kernels.dequantize_nf4 import dequantize_nf4
 from kernels.int8 import dequantize_int8, quantize_int8
-from kernels.nf4 import dequantize_nf4, quantize_nf4
+from kernels.nf4 import quantize_nf4
 from models.linear import Linear
 from models.placement import fill
 from models.vlm import VisionLanguageModel
