@@ -5,10 +5,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint compile-all benchmarks verify-real clean
+.PHONY: csrc demo test lint compile-all sanitize benchmarks verify-real clean
+
+# The CUDA kernels for 4-bit and 8-bit weights, where nvcc is; elsewhere one line says what does without them.
+csrc: $(VENV)/.runtime
+	@$(BIN)/python -m csrc.build --optional
 
 # Train the embedded demo in 4 bits, evaluate it, then ask it about a picture that it has not seen.
 demo: $(VENV)/.runtime
+	@$(BIN)/python -m csrc.build --optional || echo "csrc did not compile; the demo goes on without it"
 	$(BIN)/torchrun train.py --bits 4bit
 	$(BIN)/python -m scripts.demo_answer --run runs/demo
 
@@ -23,6 +28,15 @@ lint: $(VENV)/.dev
 # Compile every kernel for every card, dtype and width without a GPU; fails on a spill or too much shared memory.
 compile-all: $(VENV)/.runtime
 	$(BIN)/python -m kernels.compile --all --arch 80,86,89,90,120
+
+# csrc's kernels under compute-sanitizer; needs a CUDA GPU and the CUDA toolkit. Each tensor is an allocation of its own,
+# so that the bounds are its own too; CUDA graphs cannot be captured so.
+CSRC_TESTS := $(addprefix tests/kernels/test_,dequantize_nf4.py few_rows.py linear_nf4.py int8.py) \
+	tests/csrc/test_dequantize.py tests/csrc/test_linear.py
+sanitize: csrc $(VENV)/.dev
+	for tool in memcheck racecheck synccheck initcheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --kernel-name kns=nibble --error-exitcode 1 \
+		$(BIN)/python -m pytest -q -k "not graph" $(CSRC_TESTS) || exit 1; done
 
 # GPU tests, then every benchmark, then benchmarks/README.md; needs a CUDA GPU.
 benchmarks: $(VENV)/.dev
@@ -46,5 +60,5 @@ $(VENV)/.dev: requirements-dev.txt $(VENV)/.runtime
 	touch $@
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import command
-from benchmarks.peers import bitsandbytes_dequantize, parts, unsloth_dequantize, whole
+from benchmarks.peers import bitsandbytes_dequantize, parts, require_csrc, unsloth_dequantize, whole
 from benchmarks.problem import Bench, Call, Case, Cost, Inputs, Problem, Variant, normal
 from kernels.dequantize_nf4 import dequantize_nf4, dequantize_nf4_reference
 from kernels.nf4 import NF4Tensor, quantize_nf4
@@ -48,7 +48,7 @@ def problem(case: Case, device: torch.device) -> Problem:
         differentiable=(),
         reference=reference,
         variants=(
-            Variant("nibble", lambda: nibble),
+            Variant("nibble", lambda: require_csrc(nibble)),
             Variant("torch", lambda: reference, quick=False),
             Variant(
                 "bitsandbytes",

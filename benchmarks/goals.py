@@ -56,12 +56,21 @@ ALONE = (*grid(T=(8192,), share=(1.0,), V=(32000,), D=(4096,)), *grid(T=(2048,),
 PACKS = grid(T=T, H=(32,), d=(128,))
 MMA = (*grid(T=T, D=D, norm=("rms",), add=(0,)), *grid(T=(2056,), D=(1024,), norm=("layer",), add=(0,)))
 ADAMW = (case_name({"model": "LaVIN-7B", "N": 3_781_296}), case_name({"model": "LaVIN-13B", "N": 5_390_080}))
+LINEARS = ((4096, 4096), (11008, 4096), (4096, 11008))
+MANY_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048, 8192)
+TWENTY = grid(M=MANY_SIZES, N=(4096,), K=(4096,), parts=(1,))
+DECODE = grid(model=("7B",), layers=(32,), B=(1,), seen=(256,))
 NF4 = tuple(case_name({"N": n, "K": k}) for n, k in ((4096, 4096), (11008, 4096), (4096, 11008), (13824, 5120)))
 
 
 def linears(*tokens: int) -> tuple[str, ...]:
-    shapes = ((4096, 4096), (11008, 4096), (4096, 11008))
-    return tuple(case_name({"M": m, "N": n, "K": k}) for m in tokens for n, k in shapes)
+    return tuple(case_name({"M": m, "N": n, "K": k, "parts": 1}) for m in tokens for n, k in LINEARS)
+
+
+def overlapped(tokens: int, bound: float) -> Condition:
+    cases = tuple(case_name({"M": tokens, "N": n, "K": k}) for n, k in LINEARS)
+    name = f"cuBLAS at {tokens:,}, overlapped"
+    return at_most("linear_nf4_chain", "forward", cases, "cublas", bound, name, ours="nibble_overlap")
 
 
 def layer(tokens: int) -> tuple[str, ...]:
@@ -88,29 +97,15 @@ GOALS = (
     Goal(
         "G2",
         "NF4 linear forward with dequantization: <= 1.15x (M 2,048) and <= 1.04x (M 8,192) of the bf16 cuBLAS product "
-        "without overlap, <= 1.05x and 1.02x with it; never slower than bitsandbytes at any M from 1 to 8,192",
+        "without overlap, <= 1.05x and 1.02x with it; at twenty M from 1 to 8,192 at least 0.97 of bitsandbytes' "
+        "speed",
         (
             at_most("linear_nf4", "forward", linears(2048), "cublas", 1.15, "cuBLAS at 2,048"),
             at_most("linear_nf4", "forward", linears(8192), "cublas", 1.04, "cuBLAS at 8,192"),
-            at_most(
-                "linear_nf4",
-                "forward",
-                linears(2048),
-                "cublas",
-                1.05,
-                "cuBLAS at 2,048, overlapped",
-                ours="nibble_overlap",
-            ),
-            at_most(
-                "linear_nf4",
-                "forward",
-                linears(8192),
-                "cublas",
-                1.02,
-                "cuBLAS at 8,192, overlapped",
-                ours="nibble_overlap",
-            ),
-            faster("linear_nf4", "forward", linears(1, 8, 32, 128, 512, 2048, 8192), "bitsandbytes", 1.0),
+            overlapped(2048, 1.05),
+            overlapped(8192, 1.02),
+            faster("linear_nf4", "forward", TWENTY, "bitsandbytes", 0.97, "bitsandbytes, 20 sizes"),
+            faster("linear_nf4", "forward", linears(1, 8, 32, 128, 512, 2048, 8192), "bitsandbytes", 0.97),
         ),
     ),
     Goal(
@@ -229,9 +224,8 @@ GOALS = (
         (
             of_rate("linear_nf4", "forward", linears(1), 0.70, "one token"),
             faster("linear_nf4", "forward", linears(1), "bitsandbytes", 1.2),
+            of_rate("decode", "step", DECODE, 0.60, "the whole 7B step"),
         ),
-        also="the whole 7B step, of 1,332 tok/s >= 0.60",
-        needs="a benchmark of the whole 7B model at decode",
     ),
     Goal(
         "G14",

@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.nf4 import BLOCK, BLOCK2, NF4Tensor, dynamic_map
+from benchmarks.problem import Call
+from kernels import library
+from kernels.nf4 import NF4Tensor
+from kernels.nf4_bitsandbytes import to_quant_state
 
 PARTS = ("codes", "absmax_codes", "absmax2", "offset")
 
@@ -25,27 +28,24 @@ def whole(inputs: dict[str, Any], rows: int, columns: int, suffix: str = "") -> 
     return NF4Tensor(**tensors, shape=(rows, columns), dtype=torch.bfloat16)
 
 
-def quant_state(q: NF4Tensor) -> Any:
-    """bitsandbytes' description of the same weight, doubly quantized."""
-    functional: Any = importlib.import_module("bitsandbytes.functional")
-    nested = functional.QuantState(absmax=q.absmax2, code=dynamic_map(q.device), blocksize=BLOCK2, dtype=torch.float32)
-    levels = functional.get_4bit_type("nf4", device=q.device)
-    return functional.QuantState(
-        absmax=q.absmax_codes, shape=torch.Size(q.shape), code=levels, blocksize=BLOCK, quant_type="nf4", dtype=q.dtype,
-        offset=q.offset, state2=nested,
-    )  # fmt: skip
+def require_csrc(call: Call) -> Call:
+    """`call` itself. Raises RuntimeError where csrc cannot serve a GPU, so that no peer's kernel is timed as ours."""
+    why = library.missing() if torch.cuda.is_available() else ""
+    if why:
+        raise RuntimeError(f"csrc: {why}")
+    return call
 
 
 def bitsandbytes_linear(q: NF4Tensor) -> Callable[[Tensor], Tensor]:
     """Linear4bit's product, without the module around it."""
     bitsandbytes: Any = importlib.import_module("bitsandbytes")
-    state, codes = quant_state(q), q.codes[:, None]
+    codes, state = to_quant_state(q)
     return lambda x: bitsandbytes.matmul_4bit(x, codes, state)
 
 
 def bitsandbytes_dequantize(q: NF4Tensor) -> Callable[[], Tensor]:
     functional: Any = importlib.import_module("bitsandbytes.functional")
-    state, codes = quant_state(q), q.codes[:, None]
+    codes, state = to_quant_state(q)
     return lambda: functional.dequantize_4bit(codes, state)
 
 
@@ -53,5 +53,5 @@ def unsloth_dequantize(q: NF4Tensor) -> Callable[[], Tensor]:
     """Unsloth's three launches into a buffer that it reuses."""
     from unsloth.kernels.utils import fast_dequantize
 
-    state, codes = quant_state(q), q.codes[:, None]
+    codes, state = to_quant_state(q)
     return lambda: fast_dequantize(codes, state)

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks import predictions
 from benchmarks.conditions import Verdict, judge
 from benchmarks.goals import GOALS
 from benchmarks.plot import bars
@@ -37,6 +38,11 @@ Every variant is checked against the fp32 reference, then timed by CUDA events i
 brackets the 20 % and 80 % quantiles, of passes over sets of random inputs that outgrow the L2 cache. Percentages are of
 the card's own copy bandwidth or matrix rate, measured in the same process; what is counted as bytes or operations
 stands at the head of each benchmark's file. `copy` moves the same bytes and does nothing else.
+"""
+
+PREDICTED = """## Predictions
+
+Not measured: what the NF4 kernels should take, by `benchmarks/predictions.py`, which says from what.
 """
 
 
@@ -93,7 +99,7 @@ def limits(folder: Path) -> dict[str, str]:
 def render(rows: Sequence[Row], notes: dict[str, str]) -> dict[str, str]:
     """Text by file name: README.md and its plots."""
     files: dict[str, str] = {}
-    parts = [HEAD, _goals(rows, notes)]
+    parts = [HEAD, _goals(rows, notes), PREDICTED, "\n".join(predictions.table()) + "\n"]
     for card in sorted({row.origin.gpu for row in rows}):
         of_card = [row for row in rows if row.origin.gpu == card]
         parts.append(f"## {card}\n")

@@ -69,7 +69,7 @@ def build(config: LlamaConfig, layers: int, device: torch.device) -> VisionLangu
     generator = torch.Generator(device).manual_seed(0)
 
     def weights(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        for name, p in part.named_parameters():
+        for name, p in list(part.named_parameters()):  # filling it puts packed weights among them
             if "_adapter." not in name:
                 scale = p.shape[-1] ** -0.5 if p.ndim > 1 else 1.0
                 yield name, normal(generator, *p.shape, scale=scale)
@@ -118,7 +118,7 @@ def _layer(vlm: VisionLanguageModel, pack: Pack, device: torch.device) -> Proble
         return x, delta
 
     def reference(inputs: Inputs) -> tuple[Tensor, ...]:
-        with _reference_kernels():
+        with reference_kernels():
             return layer(_wide(block, config, device), inputs)
 
     flops = (4 * block_weights(config) * tokens, 4 * _pairs(pack) * config.dim)
@@ -144,7 +144,7 @@ def _train_step(vlm: VisionLanguageModel, pack: Pack, device: torch.device) -> P
         return (torch.tensor(result.loss),)
 
     def reference(inputs: Inputs) -> tuple[Tensor, ...]:
-        with _reference_kernels(), torch.no_grad():
+        with reference_kernels(), torch.no_grad():
             seed = torch.tensor([dropout_seed(0, 0, 0)], device=device)
             return (vlm(inputs["pack"].to(device), seed).cpu(),)
 
@@ -190,7 +190,7 @@ def _wide(block: Block, config: LlamaConfig, device: torch.device) -> Block:
 
 
 @contextmanager
-def _reference_kernels() -> Iterator[None]:
+def reference_kernels() -> Iterator[None]:
     previous = dispatch.set_backend("reference")
     try:
         yield

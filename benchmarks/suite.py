@@ -22,10 +22,11 @@ from benchmarks.session import ROOT, new_run
 
 KERNELS = (
     "rms_norm", "layer_norm", "norm_mma", "projector", "rope", "swiglu", "attention", "linear_cross_entropy",
-    "adamw", "dequantize_nf4", "linear_nf4", "lora_linear",
+    "adamw", "dequantize_nf4", "linear_nf4", "linear_nf4_chain", "linear_int8", "lora_linear",
 )  # fmt: skip
-BENCHES = (*KERNELS, "step")
+BENCHES = (*KERNELS, "step", "decode")
 PARTS = ("tests", *BENCHES)
+TESTS = ("pytest", "-q", "tests/csrc", "tests/kernels")
 QUICK_SECONDS = 460.0  # of --quick in all: eight minutes, less what starting and stopping takes
 
 
@@ -69,7 +70,7 @@ def main(argv: list[str]) -> int:
 
 def _about(part: str) -> str:
     if part == "tests":
-        return "tests/kernels on the GPU; with --quick or without pytest, the doctor's check of every kernel"
+        return "the kernels' tests on the GPU; with --quick or without pytest, the doctor's check of every kernel"
     first_line = bench(part).about.strip().splitlines()[0]
     return f"{len(bench(part).cases())} cases. {first_line}"
 
@@ -82,7 +83,11 @@ def _run(part: str, flags: list[str], deadline: float | None) -> Outcome:
     words = [sys.executable, "-m", f"benchmarks.{part}", *flags]
     if part == "tests":
         in_full = deadline is None and importlib.util.find_spec("pytest") is not None
-        words = [sys.executable, "-m", *(("pytest", "-q", "tests/kernels") if in_full else ("benchmarks.checks",))]
+        words = [
+            sys.executable,
+            "-m",
+            *(("pytest", "-q", "tests/csrc", "tests/kernels") if in_full else ("benchmarks.checks",)),
+        ]
     print(f"\n== {part}", flush=True)
     try:
         code = subprocess.run(words, cwd=ROOT, timeout=left, check=False).returncode

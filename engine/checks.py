@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
-from engine.config import ChatConfig, Config, EvalConfig, Optim, get, leaves
+from engine.config import ChatConfig, Config, EvalConfig, Optim, Runtime, get, leaves
 from engine.data.prompts import check_format
 from engine.errors import UsageError
+from engine.memory_size import parse_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,7 @@ def validate(config: Checked) -> Checked:
         UsageError: names the first flag that is out of range, or the combination that cannot work.
     """
     _check_bounds(config)
+    _check_memory(config)
     if not isinstance(config, ChatConfig):
         _check_model(config)
     if isinstance(config, Config):
@@ -94,7 +96,18 @@ def validate(config: Checked) -> Checked:
 
 def effectless(config: Config | EvalConfig) -> list[str]:
     """One sentence for each setting that differs from its default and changes nothing in this combination."""
-    return list(_effectless_training(config) if isinstance(config, Config) else _effectless_evaluation(config))
+    notes = list(_effectless_training(config) if isinstance(config, Config) else _effectless_evaluation(config))
+    if config.runtime.device == "cpu":
+        notes += [
+            f"--runtime.{name} has no effect with --runtime.device cpu" for name in about_unpacking(config.runtime)
+        ]
+    return notes
+
+
+def about_unpacking(runtime: Runtime) -> list[str]:
+    """The settings that differ from their default and matter where quantised weights are unpacked on a GPU."""
+    asked = {"unpacked_memory": parse_size(runtime.unpacked_memory) > 0, "prefetch": runtime.prefetch}
+    return [name for name, on in asked.items() if on]
 
 
 def _check_bounds(config: Config | EvalConfig | ChatConfig) -> None:
@@ -105,6 +118,16 @@ def _check_bounds(config: Config | EvalConfig | ChatConfig) -> None:
             continue  # not every command has every flag
         if value is not None and not bound.holds(value):
             raise UsageError(f"{path} is {value}", where=f"--{path}", why=f"it must be {bound}")
+
+
+def _check_memory(config: Config | EvalConfig | ChatConfig) -> None:
+    text = config.runtime.unpacked_memory
+    try:
+        parse_size(text)
+    except ValueError as error:
+        raise UsageError(
+            f"runtime.unpacked_memory is {text!r}", where="--runtime.unpacked_memory", why=str(error)
+        ) from error
 
 
 def _check_model(config: Config | EvalConfig) -> None:
@@ -200,6 +223,9 @@ def _effectless_training(config: Config) -> Iterator[str]:
         yield "--json has no effect without --plan"
     if config.dry_run and config.plan:
         yield "--dry_run has no effect with --plan, which ends before the first step"
+    if config.bits == "16bit":
+        for name in about_unpacking(config.runtime):
+            yield f"--runtime.{name} has no effect with --bits 16bit: nothing has to be unpacked"
     if config.resume and adapter.init:
         yield "--adapter.init has no effect with --resume, which brings its own adapter weights"
     if optim.lr is not None and optim.blr != Optim().blr:

@@ -153,6 +153,10 @@ class Runtime:
     """Bitwise repeatable runs on a GPU, at some cost in speed."""
     threads: int = 0
     """CPU threads of torch. 0: torch's own choice."""
+    unpacked_memory: str = "0"
+    """GPU memory for 16-bit copies of quantized weights: 512MB, 4GB. 0: one buffer of the largest weights."""
+    prefetch: bool = False
+    """Unpack the next quantized weights on a second stream while a product runs; takes a layer of 16-bit weights."""
 
 
 @dataclass(kw_only=True, slots=True)

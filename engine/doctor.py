@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = ((3, 11), (3, 13))
 OLDEST = {"torch": (2, 11), "triton": (3, 6)}
-OURS = ("engine", "models", "kernels")  # top-level packages of this checkout
+OURS = ("engine", "models", "kernels", "csrc")  # top-level packages of this checkout
 PROBE_BYTES = 64 * 2**20  # what the disk is tried with
 LITTLE_SPACE = 2**30
 INSTALL = "make demo, or python -m pip install -r requirements.txt"
@@ -118,9 +118,8 @@ def devices() -> Iterator[Finding]:
         free, total = torch.cuda.mem_get_info(index)
         memory = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
         yield Finding("device", f"cuda:{index}", f"{device_name(torch.device('cuda', index))}, {memory}")
-    if torch.cuda.is_available():
-        yield Finding("device", "csrc", "there is none yet: bitsandbytes' CUDA kernels unpack NF4", "note")
-    else:
+    yield from packed_weights()
+    if not torch.cuda.is_available():
         threads = torch.get_num_threads()
         yield Finding("device", "cpu", f"{platform.machine()}, {threads} thread{'s' if threads > 1 else ''} of torch")
         if shutil.which("nvidia-smi"):
@@ -132,9 +131,42 @@ def devices() -> Iterator[Finding]:
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", ""), "gcc", "clang", "cc"))), None)
     text = compiler or "none; on a GPU Triton needs one to launch kernels"
     yield Finding("device", "C compiler", text, "ok" if compiler else "note", "" if compiler else "install gcc")
-    for name in ("NIBBLE_KERNELS", "TRITON_INTERPRET"):
+    for name in ("NIBBLE_KERNELS", "TRITON_INTERPRET", "NIBBLE_EMULATE"):
         if name in os.environ:
             yield Finding("device", name, f"is set to {os.environ[name]!r}", "note")
+
+
+def packed_weights() -> Iterator[Finding]:
+    """What does the 4-bit work on each kind of GPU, and why; without a GPU whether csrc's library is there."""
+    import torch
+
+    from csrc.build import find_nvcc
+    from kernels import library
+    from kernels.dequantize_nf4 import backend_of
+    from kernels.dispatch import BackendError
+
+    found = library.found()
+    there = f"{found[0]} ({found[1]})" if found else ""
+    if not torch.cuda.is_available():
+        nvcc = find_nvcc()
+        do = "" if there else f"make, with {nvcc}" if nvcc else "make, where nvcc is"
+        text = there or "csrc is not built; a CPU does without"
+        yield Finding("device", "4-bit kernels", text, "ok" if there else "note", do)
+        return
+    kinds = {torch.cuda.get_device_capability(i): i for i in reversed(range(torch.cuda.device_count()))}
+    for index in sorted(kinds.values()):
+        x = torch.empty(0, dtype=torch.float16, device=torch.device("cuda", index))
+        missing = library.available_for(x)
+        try:
+            backend = backend_of(x)
+        except BackendError as error:
+            yield Finding(
+                "device", "4-bit kernels", f"nothing unpacks 4-bit weights on cuda:{index}", "problem", str(error)
+            )
+            continue
+        who = {"cuda": there, "bitsandbytes": "bitsandbytes' CUDA kernels"}.get(backend, backend)
+        text = f"{who} for 4-bit weights on cuda:{index}"
+        yield Finding("device", "4-bit kernels", f"{text}: {missing}" if missing else text, "note" if missing else "ok")
 
 
 def disk(runs: Path) -> Iterator[Finding]:

@@ -20,12 +20,14 @@ from kernels import dispatch
 from kernels.activation import bias_act, bias_act_reference
 from kernels.adamw import adamw, adamw_reference
 from kernels.attention import varlen_attention, varlen_attention_reference
+from kernels.decode_attention import decode_attention, decode_attention_reference
 from kernels.dequantize_nf4 import dequantize_nf4
-from kernels.int8 import Int8Tensor, linear_int8, quantize_int8
+from kernels.int8 import Int8Tensor, dequantize_int8, quantize_int8
 from kernels.layer_norm import add_layer_norm, layer_norm, layer_norm_reference
 from kernels.linear_act import linear_act, linear_act_reference
 from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
-from kernels.linear_nf4 import linear_nf4
+from kernels.linear_int8 import linear_int8, linears_int8
+from kernels.linear_nf4 import linear_nf4, linears_nf4
 from kernels.lora_linear import lora_linear, lora_linear_reference
 from kernels.nf4 import BLOCK, BLOCK2, LEVELS, NF4Tensor, dynamic_map, quantize_nf4
 from kernels.norm_mma import add_norm_mma, norm_mma, norm_mma_reference
@@ -237,6 +239,14 @@ def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
         formula=lambda q, k, v, bounds: varlen_attention_reference(q, k, v, bounds, causal=False),
         decided_as="attention",
     )  # fmt: skip
+    lengths, cache = torch.tensor([0, 36, 20]), tuple(draw(3, 37, 2, 32) for _ in range(2))
+    yield Case(
+        name="decode_attention", fixed=(draw(3, 4, 32), draw(3, 2, 32), draw(3, 2, 32), *cache, lengths),
+        op=lambda q, k, v, keys, values, lengths: decode_attention(q, k, v, 1 * keys, 1 * values, lengths),
+        formula=lambda q, k, v, keys, values, lengths: decode_attention_reference(
+            q, k, v, 1 * keys, 1 * values, lengths, 32**-0.5
+        ),
+    )  # fmt: skip
     yield Case(
         name="linear_cross_entropy", trained=(draw(T, D), draw(321, D)), fixed=(torch.arange(T) * 4, draw32(T).abs()),
         op=linear_cross_entropy, formula=linear_cross_entropy_reference,
@@ -252,6 +262,7 @@ def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
         formula=lambda x, a, b, w, bias, seed: lora_linear_reference(x, w, bias, a, b, 0.5, 0.1, seed, 0),
     )  # fmt: skip
     yield from _packed(draw(50, 70), draw(T, 70), device, dtype)
+    yield from _few_rows(draw(50, 192), draw(5, 192), device)
 
 
 def _updated(
@@ -281,17 +292,31 @@ def _packed(weight: Tensor, x: Tensor, device: torch.device, dtype: torch.dtype)
         op=lambda w: _nf4_formula(quantize_nf4(w)), formula=lambda w: w,
     )  # fmt: skip
     yield Case(name="dequantize_nf4", op=lambda: dequantize_nf4(nf4(), dtype), formula=lambda: nf4_weight)
-    yield Case(
-        name="linear_nf4", trained=(x,), op=lambda x: linear_nf4(x, nf4()), formula=lambda x: x @ nf4_weight.T,
-        decided_as="dequantize_nf4",
-    )  # fmt: skip
+    yield Case(name="linear_nf4", trained=(x,), op=lambda x: linear_nf4(x, nf4()), formula=lambda x: x @ nf4_weight.T)
     yield Case(
         name="quantize_int8", fixed=(weight,), allowed=INT8_STEP,
         op=lambda w: _int8_formula(quantize_int8(w)), formula=lambda w: w,
     )  # fmt: skip
+    yield Case(name="dequantize_int8", op=lambda: dequantize_int8(int8(), dtype), formula=lambda: int8_weight)
     yield Case(
         name="linear_int8", trained=(x,), op=lambda x: linear_int8(x, int8()), formula=lambda x: x @ int8_weight.T
     )
+
+
+def _few_rows(weight: Tensor, x: Tensor, device: torch.device) -> Iterator[Case]:
+    """The fused products, in a shape that has tensor cores."""
+    nf4, int8 = quantize_nf4(weight), quantize_int8(weight)
+    nf4_weight, int8_weight = _nf4_formula(nf4), _int8_formula(int8)
+    yield Case(
+        name="few_rows, NF4", trained=(x,), decided_as="few_rows_nf4",
+        op=lambda x: torch.cat(linears_nf4(x, 2 * (nf4.to(device),)), dim=1),
+        formula=lambda x: (x @ nf4_weight.T).repeat(1, 2),
+    )  # fmt: skip
+    yield Case(
+        name="few_rows, int8", trained=(x,), decided_as="few_rows_int8",
+        op=lambda x: torch.cat(linears_int8(x, 2 * (int8.to(device),)), dim=1),
+        formula=lambda x: (x @ int8_weight.T).repeat(1, 2),
+    )  # fmt: skip
 
 
 def _nf4_formula(q: NF4Tensor) -> Tensor:

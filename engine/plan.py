@@ -17,6 +17,8 @@ import torch
 from engine.build import BITS, base_paths, vlm_config
 from engine.config import Config
 from engine.errors import UsageError
+from engine.memory_size import gib
+from engine.unpacked_memory import share_of
 from kernels.linear_cross_entropy import MEMORY_BUDGET, chunk_rows
 from models.language.llama import LLAMA_7B, LLAMA_13B
 from models.vision.clip import ClipConfig
@@ -70,7 +72,7 @@ def make_plan(
     for tensor_name, p in model.named_parameters():
         parts["adapters" if "_adapter." in tensor_name else tensor_name.split(".", 1)[0]] += p.numel()
     trainable = sum(p.numel() for p in model.trainable().values())
-    memory = _weights(config, model, dense_bytes)
+    memory = _weights(config, model, dense_bytes, on_cuda)
     memory["adapters and other trained weights"] = 4 * trainable
     memory["gradients"] = 4 * trainable * min(num_ranks, 2)  # DDP's buckets hold a copy
     memory["optimizer"] = 8 * trainable
@@ -87,16 +89,16 @@ def make_plan(
     )  # fmt: skip
 
 
-def _weights(config: Config, model: VisionLanguageModel, dense_bytes: int) -> dict[str, int]:
+def _weights(config: Config, model: VisionLanguageModel, dense_bytes: int, on_cuda: bool) -> dict[str, int]:
     stored = {"language layers": 0, "embedding": 0, "head": 0, "vision tower": 0}
     for name, p in model.named_parameters():
         if p.requires_grad:
             continue
         part, bits = _storage(config, name, p.ndim)
         stored[part] += stored_bytes(p.shape[0], p[0].numel() if p.ndim > 1 else 1, bits, dense_bytes)
-    largest = max(p.numel() for n, p in model.named_parameters() if n.startswith("language.layers"))
-    if BITS[config.bits] < 16:
-        stored["dequantisation buffer"] = largest * dense_bytes
+    share = share_of(config, model.language, dense_bytes, on_cuda=on_cuda)
+    if share is not None:
+        stored |= {"dequantisation buffer": share.scratch, "unpacked copies": share.copies}
     return stored
 
 
@@ -177,8 +179,3 @@ def plan_text(plan: Plan) -> str:
     if "cuda context" in plan.memory_bytes:
         lines.append("fits       " + ", ".join(f"{card}: {'yes' if ok else 'no'}" for card, ok in plan.fits.items()))
     return "\n".join(lines)
-
-
-def gib(size: float) -> str:
-    """Bytes as GiB, or MiB when small."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"

@@ -49,6 +49,7 @@ from engine.schedule import CosineSchedule
 from engine.setup import Setup
 from engine.signals import StopSignals
 from engine.trainer import Trainer
+from engine.unpacked_memory import use_memory
 from kernels.dispatch import set_backend
 from models.weights.identity import identity
 from models.weights.lavin import write_lavin_adapters
@@ -168,6 +169,9 @@ def _run(
         me.say("warning: without --model.language your data train the demo's toy model of 640 word pieces")
     trainer = _trainer(setup, dataset, sampler, dtype)
     trainer.max_steps = max_steps
+    unpacked = use_memory(config, model.language, device, dtype)  # after DDP, which writes to every parameter
+    if unpacked:
+        me.say(f"unpacked   {unpacked}")
     resumed = resume(setup, trainer)
     if me.is_main:  # not before: a run that cannot be resumed like this keeps its config.yaml
         rundir.describe(to_yaml(config), argv, describe_environment(device), demo=is_demo(config))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +16,11 @@ from engine.data.layout import Layout
 from engine.data.tokenizer import Tokenizer
 from engine.errors import UsageError
 from engine.precision import choose_device, choose_dtype
+from engine.unpacked_memory import use_memory
 from kernels.dispatch import set_backend
 from models.vlm import VisionLanguageModel
+
+logger = logging.getLogger("nibble")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,5 +61,7 @@ def open_trained(config: Config, weights: Path) -> Trained:
     model = build_model(config, sources, device=device, dtype=dtype)
     read = load_trained(model, weights, sources.files)
     model.eval()
+    if unpacked := use_memory(config, model.language, device, dtype):
+        logger.info("unpacked: %s", unpacked)
     reader = TileReader(sources.vision.config.image_size)
     return Trained(config, model, sources.tokenizer, layout_of(config, sources.tokenizer), reader, device, read)

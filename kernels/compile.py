@@ -1,16 +1,18 @@
-"""Compiles every Triton kernel without a GPU and prints what it takes of a card: registers, spills, shared memory.
+"""Compiles every kernel without a GPU and prints what it takes of a card: registers, spills, shared memory.
 
     python -m kernels.compile --arch 80,86,90        the kernels as bf16 models launch them
     python -m kernels.compile --all                  fp16 and fp32 too, and every width of the launch table
 
-The launchers themselves run, on tensors without data, as if on each card: what is compiled has their configuration and
-the specialisation (alignment, divisibility) that their arguments get. Exit code 1 where a kernel does not compile, asks
-for more shared memory than the card gives a block, or spills although it is bound by memory.
+Triton's launchers themselves run, on tensors without data, as if on each card: what is compiled has their configuration
+and the specialisation (alignment, divisibility) that their arguments get. csrc's kernels are read from the library that
+`make` builds, where nvcc is. Exit code 1 where a kernel does not compile, asks for more shared memory than the card has
+for a block, or spills although it is bound by memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import re
@@ -27,12 +29,14 @@ from typing import Any
 import torch
 import triton
 
+from csrc import build
 from kernels import samples
 from kernels.dispatch import Kernel, as_on_card, recording
 from kernels.launches import COMPUTE_BOUND, Launch
 
 ARCHS = (80, 86, 89, 90, 120)
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # KiB that a block may have
+CSRC = "csrc"
 TOKENS = 2048
 WIDTHS = (1024, 4096)  # of the vision tower and the 7B language model
 ALL_WIDTHS = (64, 576, 1024, 1152, 2048, 2560, 3072, 4096, 5120, 6656, 8192, 11008, 16384)
@@ -47,9 +51,9 @@ class Resources:
     kernel: str
     call: str  # what it was compiled for
     dtype: str
-    width: int
+    width: int  # 0: any, as csrc's
     arch: int
-    warps: int
+    warps: int  # 0: of csrc's kernels not known
     registers: int
     spills: int
     shared: int
@@ -130,8 +134,8 @@ def _resources(
     return Resources(name, label, dtype, width, arch, warps, registers, spills, shared, problem)
 
 
-def problem_of(kernel: str, arch: int, spills: int, shared: int, llir: str) -> str:
-    """What is wrong with a compiled kernel; empty where nothing is. Bytes; `llir` is its LLVM code."""
+def problem_of(kernel: str, arch: int, spills: int, shared: int, llir: str = "") -> str:
+    """What is wrong with a compiled kernel; empty where nothing is. Bytes; `llir` is its LLVM code, of Triton's."""
     if shared > 1024 * SHARED_LIMIT[arch]:
         return f"shared memory over the {SHARED_LIMIT[arch]} KiB of the card"
     if spills and kernel not in COMPUTE_BOUND:
@@ -146,10 +150,47 @@ def _usage(cubin: bytes) -> tuple[int, int]:
     with TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        text = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
-    counts = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+        ((_, _, counts),) = _usages(path)
     return counts["REG"], counts["STACK"] + counts["LOCAL"]
+
+
+def _usages(compiled: Path) -> Iterator[tuple[int, str, dict[str, int]]]:
+    """(card, mangled name, counts) of each kernel in a cubin (card 0) or in a library for several cards."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    text = subprocess.run([tool, "-res-usage", compiled], capture_output=True, text=True, check=True).stdout
+    arch = 0
+    for found in re.finditer(r"^arch = sm_(\d+)|^ *Function (\S+):\s+(.*)$", text, re.MULTILINE):
+        if found[1]:
+            arch = int(found[1])
+        else:
+            yield arch, found[2], {name: int(value) for name, value in re.findall(r"([A-Z]+):(\d+)", found[3])}
+
+
+def csrc_kernels(library: Path, archs: tuple[int, ...]) -> Iterator[Resources]:
+    """Every kernel of a library of csrc, on those of `archs` that it has machine code for."""
+    for arch, mangled, counts in _usages(library):
+        if arch in archs:
+            name, about, dtype = plain_name(_demangled(mangled))
+            spills, shared = counts["STACK"] + counts["LOCAL"], counts["SHARED"]
+            problem = problem_of(name, arch, spills, shared)
+            yield Resources(name, f"csrc{about}", dtype, 0, arch, 0, counts["REG"], spills, shared, problem)
+
+
+def _demangled(name: str) -> str:
+    library = ctypes.CDLL("libstdc++.so.6")
+    library.__cxa_demangle.restype = ctypes.c_char_p  # which leaks the text: a few bytes a kernel
+    text: bytes | None = library.__cxa_demangle(name.encode(), None, None, None)
+    return text.decode() if text else name
+
+
+def plain_name(signature: str) -> tuple[str, str, str]:
+    """("linear_nf4", ", 8, true", "float16") of "void nibble::linear_nf4<nibble::fp16, 8, true>(...)"."""
+    text = signature.replace("(anonymous namespace)::", "").replace("nibble::", "").removeprefix("void ")
+    name, bracket, rest = text.partition("(")[0].partition("<")
+    values = rest.removesuffix(">").split(", ") if bracket else []
+    dtypes = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+    about = "".join(f", {value}" for value in values if value not in dtypes)
+    return name, about, next((dtypes[value] for value in values if value in dtypes), "any")
 
 
 def compile_all(
@@ -163,9 +204,10 @@ def compile_all(
 
 
 def as_text(row: Resources) -> str:
-    size = f"{row.dtype} {row.width}"
+    size = f"{row.dtype} {row.width or ''}"
+    warps = f"{row.warps:>2} warps" if row.warps else ""
     figures = f"{row.registers:>4} registers {row.spills:>5} B spilled {row.shared / 1024:>6.1f} KiB shared"
-    return f"sm_{row.arch}  {row.kernel:<28} {row.call:<44} {size:<15} {row.warps:>2} warps {figures}  {row.problem}"
+    return f"sm_{row.arch}  {row.kernel:<28} {row.call:<44} {size:<15} {warps:<8} {figures}  {row.problem}"
 
 
 def options(argv: list[str]) -> argparse.Namespace:
@@ -174,7 +216,7 @@ def options(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--arch", default="80,86,90", help=f"compute capabilities, of {', '.join(map(str, ARCHS))}")
     parser.add_argument("--all", action="store_true", help="every dtype and every width of the launch table")
-    parser.add_argument("--only", metavar="OP", help="the kernels of kernels/OP.py")
+    parser.add_argument("--only", metavar="OP", help="the kernels of kernels/OP.py, or csrc")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     flags = parser.parse_args(argv)
@@ -182,9 +224,25 @@ def options(argv: list[str]) -> argparse.Namespace:
     if not all(arch in known for arch in flags.arch.split(",")):
         parser.error(f"--arch takes numbers of {', '.join(known)}, separated by commas; got {flags.arch!r}")
     flags.arch = tuple(known[arch] for arch in flags.arch.split(","))
-    if flags.only is not None and flags.only not in samples.ops():
-        parser.error(f"--only takes one of {', '.join(samples.ops())}; got {flags.only!r}")
+    parts = [*samples.ops(), CSRC]
+    if flags.only is not None and flags.only not in parts:
+        parser.error(f"--only takes one of {', '.join(parts)}; got {flags.only!r}")
     return flags
+
+
+def _rows(flags: argparse.Namespace) -> Iterator[Resources]:
+    if flags.only in (None, CSRC):
+        try:
+            yield from csrc_kernels(build.build(jobs=flags.jobs), flags.arch)
+        except build.NoCompilerError:
+            print("csrc was not compiled: nvcc is not here")
+        except build.BuildError as error:
+            print(error)
+            yield Resources(CSRC, "all of it", "any", 0, 0, 0, 0, 0, 0, "does not compile")
+    if flags.only != CSRC:
+        widths, dtypes = (ALL_WIDTHS, ALL_DTYPES) if flags.all else (WIDTHS, DTYPES)
+        ops = samples.ops() if flags.only is None else [flags.only]
+        yield from compile_all(flags.arch, dtypes, widths, ops, flags.jobs)
 
 
 def main(argv: list[str]) -> int:
@@ -194,9 +252,7 @@ def main(argv: list[str]) -> int:
         return subprocess.run([sys.executable, "-m", "kernels.compile", *argv], env=environment, check=False).returncode
     flags = options(argv)
     rows = []
-    widths, dtypes = (ALL_WIDTHS, ALL_DTYPES) if flags.all else (WIDTHS, DTYPES)
-    ops = samples.ops() if flags.only is None else [flags.only]
-    for row in compile_all(flags.arch, dtypes, widths, ops, flags.jobs):
+    for row in _rows(flags):
         rows.append(row)
         print(as_text(row), flush=True)
     if flags.json is not None:

@@ -1,7 +1,7 @@
 """Where it is decided which implementation of an op runs, and where every Triton kernel is launched.
 
 ``auto`` takes Triton for CUDA tensors and the plain-torch reference otherwise; with TRITON_INTERPRET=1 Triton also runs
-on CPU tensors (slowly: it is how the kernels are tested without a GPU).
+on CPU tensors (slowly: it is how the kernels are tested without a GPU), with NIBBLE_EMULATE=1 csrc's kernels do so.
 
 An explicit choice holds for every op that has this backend, and never falls back: where the backend cannot run, that is
 an error. An op that has no such implementation runs what it has, and its line in the log says so.
@@ -31,6 +31,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 BACKENDS: tuple[str, ...] = get_args(Backend)
+EMULATED_PROCESSORS = 4
 
 log = logging.getLogger("nibble.kernels")
 
@@ -81,20 +82,23 @@ def set_backend(name: str) -> str:
 
 
 def choose(
-    op: str, x: Tensor, available: tuple[str, ...], missing: Mapping[str, str] | None = None, why: str = ""
-) -> str:
+    op: str, x: Tensor, available: tuple[str, ...], missing: Mapping[str, str] | None = None, why: str = "",
+    install: str = "",
+) -> str:  # fmt: skip
     """Name of the backend that runs `op` on `x`: one of `available`, the implementations that the op has, best first.
 
     `missing`: what an implementation needs and does not find on this machine, by backend. `why`: why the first is best.
-    Raises BackendError where the op has the backend that was chosen explicitly, but it cannot run on `x` here.
+    `install`: what to do where only the reference is left for a CUDA tensor, if it is no choice there (fp64 apart).
+    Raises BackendError where the op has the backend that was chosen explicitly, but it cannot run on `x` here, and
+    where `install` is needed.
     """
     obstacles = {backend: (missing or {}).get(backend) or _obstacle(backend, x) for backend in available}
     wanted = _backend()
     if wanted in available:
         if obstacles[wanted]:
             raise BackendError(
-                f"{op}: backend {wanted!r} was chosen and cannot run ({obstacles[wanted]}); "
-                f"accepted here: auto, {', '.join(backend for backend in available if not obstacles[backend])}"
+                f"{op}: backend {wanted!r} was chosen and cannot run ({obstacles[wanted]}); accepted here: "
+                f"{', '.join(name for name in ('auto', *available) if name in BACKENDS and not obstacles.get(name))}"
             )
         record(op, wanted, "chosen explicitly")
         return wanted
@@ -103,10 +107,13 @@ def choose(
         if not obstacles[backend]:
             break
         reason = obstacles[backend]
+    if backend == "reference" and install and x.is_cuda and x.dtype != torch.float64:
+        raise BackendError(f"{op}: {reason}; {install}")
     if why and backend == available[0]:
         reason = why
-    elif backend != "reference":
-        reason = "CUDA tensor" if x.is_cuda else "TRITON_INTERPRET=1"
+    elif backend != "reference" and (backend == available[0] or not (missing or {}).get(available[0])):
+        on_cpu = "NIBBLE_EMULATE=1" if backend == "cuda" else "TRITON_INTERPRET=1"
+        reason = "CUDA tensor" if x.is_cuda else on_cpu
     record(op, backend, reason)
     return backend
 
@@ -195,6 +202,11 @@ def as_on_card(card: int) -> Iterator[None]:
         _targets.remove(card)
 
 
+def on_another_card() -> bool:
+    """Whether `as_on_card` is in force."""
+    return bool(_targets)
+
+
 def card(x: Tensor) -> int:
     """Compute capability as in LAUNCHES; 0 for the interpreter, which takes the choices for all cards."""
     if _targets:
@@ -206,6 +218,17 @@ def card(x: Tensor) -> int:
 def _capability(index: int | None) -> int:
     major, minor = torch.cuda.get_device_capability(index)
     return 10 * major + minor
+
+
+def processors(x: Tensor) -> int:
+    """Streaming multiprocessors of the card of `x`; a few for the emulator."""
+    return _multiprocessors(x.device.index) if x.is_cuda else EMULATED_PROCESSORS
+
+
+@cache
+def _multiprocessors(index: int | None) -> int:
+    count: int = torch.cuda.get_device_properties(index).multi_processor_count
+    return count
 
 
 def _on_device(x: Tensor) -> AbstractContextManager[object]:
@@ -270,10 +293,14 @@ def _backend() -> str:
 
 def _obstacle(backend: str, x: Tensor) -> str:
     """Why `backend` cannot run on `x`; empty where it can."""
-    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    if backend == "reference" or ((x.is_cuda or interpreted) and x.dtype != torch.float64):
+    if backend == "reference" or (x.dtype != torch.float64 and (x.is_cuda or _runs_on_the_cpu(backend))):
         return ""
     return f"{x.dtype} tensor on {x.device.type}"
+
+
+def _runs_on_the_cpu(backend: str) -> bool:
+    variable = {"triton": "TRITON_INTERPRET", "cuda": "NIBBLE_EMULATE"}.get(backend)
+    return variable is not None and os.environ.get(variable) == "1"
 
 
 def _checked(name: str, what: str) -> str:

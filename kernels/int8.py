@@ -1,28 +1,28 @@
-"""Row-wise int8 weights in bitsandbytes' CB/SCB layout, weight only, and the frozen linear on them.
+"""Row-wise int8 weights in bitsandbytes' CB/SCB layout, weight only: packed, and unpacked again.
 
-    scale[n] = max_k |w[n, k]|      codes[n, k] = round(w[n, k] * (127 / scale[n]))      w' = codes * scale / 127
-    y[t, n] = sum_k x[t, k] w'[n, k] + bias[n]                          dx[t, k] = sum_n dy[t, n] w'[n, k]
+    scale[n] = max_k |w[n, k]|     codes[n, k] = round(w[n, k] * (127 / scale[n]))     w' = (codes * scale) * (1 / 127)
 
-1 + 4/K bytes a weight. The weight is frozen, so the backward needs no activation: only the codes are kept, and both
-directions rebuild w' in the activation's dtype. Rounding is half to even; a row of zeros has scale 0 and codes 0.
+1 + 4/K bytes a weight. Rounding is half to even; a row of zeros has scale 0 and codes 0. Unpacking is fp32 with one
+cast at the end; it reads 1 + 4/K bytes a weight and writes 2 (4 for fp32), csrc in one launch for the weights of a
+group.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from kernels.dispatch import record
+from kernels import library
+from kernels.dispatch import choose, primitive
 
 SMALLEST_SCALE = 1e-36  # 127 / scale overflows fp32 below 3.8e-37; the values of such a row round to nearly nothing
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Int8Tensor:
     """A weight in 8 bits. `dtype` is what `dequantize_int8` returns by default."""
 
@@ -45,6 +45,15 @@ class Int8Tensor:
 
     def to(self, device: torch.device | str) -> Int8Tensor:
         return replace(self, codes=self.codes.to(device), scale=self.scale.to(device))
+
+    def rows(self, start: int, stop: int) -> Int8Tensor:
+        """Rows start <= n < stop, as views of these tensors.
+
+        Raises ValueError where a bound is out of range.
+        """
+        if not 0 <= start < stop <= self.shape[0]:
+            raise ValueError(f"rows {start} to {stop} of an int8 weight with {self.shape[0]} rows")
+        return replace(self, codes=self.codes[start:stop], scale=self.scale[start:stop])
 
 
 @torch.no_grad()
@@ -73,28 +82,49 @@ def quantize_int8(weight: Tensor, name: str = "") -> Int8Tensor:
 @torch.no_grad()
 def dequantize_int8(q: Int8Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The weight [N, K] that `q` stores, in `dtype` (default: the dtype it was quantized from)."""
-    return (q.codes.float() * q.scale[:, None]).mul_(1.0 / 127.0).to(dtype or q.dtype)
-
-
-class _LinearInt8(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, q: Int8Tensor, bias: Tensor | None) -> Tensor:
-        ctx.weight = q
-        return F.linear(x, dequantize_int8(q, x.dtype), bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        q: Int8Tensor = ctx.weight
-        return grad @ dequantize_int8(q, grad.dtype), None, None
-
-
-def linear_int8(x: Tensor, q: Int8Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., K] times the stored weight [N, K] -> [..., N] in x's dtype; `bias` [N] is frozen too."""
-    if x.shape[-1] != q.shape[1]:
-        raise ValueError(f"x has {x.shape[-1]} columns, the int8 weight {tuple(q.shape)} takes {q.shape[1]}")
-    if bias is not None and bias.requires_grad:
-        raise ValueError("the bias of an int8 linear is frozen, got one that requires a gradient")
-    record("linear_int8", "torch", "the only implementation")
-    out: Tensor = _LinearInt8.apply(x, q, bias)  # type: ignore[no-untyped-call]
+    out = torch.empty(q.shape, dtype=dtype or q.dtype, device=q.device)
+    unpack_int8((q,), out)
     return out
+
+
+def dequantize_int8_reference(q: Int8Tensor, dtype: torch.dtype) -> Tensor:
+    return (q.codes.float() * q.scale[:, None]).mul_(1.0 / 127.0).to(dtype)
+
+
+def unpack_int8(parts: Sequence[Int8Tensor], out: Tensor) -> None:
+    """Writes the parts [N_i, K], one under another, into out [sum N_i, K], contiguous, of any floating dtype."""
+    if backend_of(out) == "cuda":
+        row = 0
+        for i in range(0, len(parts), library.MAX_PARTS):
+            some = parts[i : i + library.MAX_PARTS]
+            rows = sum(part.shape[0] for part in some)
+            dequantize_int8_(out[row : row + rows], *arguments_of(some))
+            row += rows
+        return
+    for part, here in zip(parts, out.split([part.shape[0] for part in parts]), strict=True):
+        here.copy_(dequantize_int8_reference(part, out.dtype))
+
+
+def backend_of(out: Tensor) -> str:
+    """Who unpacks int8 weights into `out`: "cuda" (csrc) or "reference", which is bitsandbytes' rule too."""
+    return choose("dequantize_int8", out, ("cuda", "reference"), {"cuda": library.available_for(out)})
+
+
+def arguments_of(parts: Sequence[Int8Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The parts as primitives take them: codes and scales."""
+    return [part.codes for part in parts], [part.scale for part in parts]
+
+
+def structs_of(codes: list[Tensor], scales: list[Tensor]) -> Any:
+    """A ctypes array of csrc's nibble_int8."""
+    each = (library.Int8(q.data_ptr(), s.data_ptr(), q.shape[0]) for q, s in zip(codes, scales, strict=True))
+    return (library.Int8 * len(codes))(*each)
+
+
+@primitive("dequantize_int8_(Tensor(a!) out, Tensor[] codes, Tensor[] scales) -> ()", fake=lambda *_: None)
+def dequantize_int8_(out: Tensor, codes: list[Tensor], scales: list[Tensor]) -> None:
+    """Up to 4 parts, codes [rows_i, K] and scales [rows_i], into out [sum rows, K], contiguous: one launch."""
+    library.call(
+        "nibble_dequantize_int8", [out, *codes, *scales], structs_of(codes, scales), len(codes), out.shape[1],
+        out.data_ptr(), library.DTYPES[out.dtype],
+    )  # fmt: skip

@@ -47,6 +47,15 @@ class Products:
 # python -m benchmarks.projector; all others are cuBLAS.
 OWN_PRODUCTS: tuple[Products, ...] = ()
 
+# Up to how many rows of x a product with a packed weight is the fused one (kernels/few_rows.py), by card; with more the
+# weight is unpacked once and cuBLAS multiplies. Predictions, none measured. Unpacking NF4 moves 2.5 bytes a weight and
+# the product behind it 2, the fused product 0.5 in all: as long as memory bounds both, the fused one is up to nine
+# times faster. With more rows its arithmetic bounds it (decoding, and tensor cores fed without cuBLAS's pipeline). The
+# fused product of bitsandbytes 0.50 is chosen up to 16 to 128 rows on sm_86, by size, 32 to 128 on sm_80, 32 to 64 on
+# sm_90 and 256 on sm_89 and sm_120: 64, the most that ours takes, lies within or below these.
+MOST_FEW_ROWS = 64  # csrc/nibble.h: NIBBLE_MAX_TOKENS
+FEW_ROWS: dict[int, int] = {80: 64, 86: 64, 89: 64, 90: 64, 120: 64}
+
 # What a kernel's time goes into besides its traffic: products on tensor cores. In all others a register spill is an
 # error of the configuration (python -m kernels.compile).
 COMPUTE_BOUND: set[str] = {
@@ -149,6 +158,12 @@ LAUNCHES: dict[str, tuple[Choice, ...]] = {
         Choice(ANY, Launch(rows=1, cols=16384, warps=32)),  # one wide row an SM: all of them fit the L2 cache
     ),
     "scale_gradient": (Choice(ANY, Launch(rows=1, cols=2048, warps=4)),),
+    "decode_attention": (  # size: the channels of a head, for fp32 plus 128
+        Choice(64, Launch(rows=128, cols=64, warps=4)),
+        Choice(127, Launch(rows=64, cols=128, warps=8)),  # masked channels: 128 rows spill
+        Choice(128, Launch(rows=128, cols=128, warps=8)),
+        Choice(ANY, Launch(rows=32, cols=128, warps=8)),
+    ),
     # attention_*: size is the channels of a head, for fp32 plus 128 (products without tensor cores)
     "attention_forward": (
         Choice(32, Launch(rows=64, cols=32, warps=4, inner=64, stages=3)),

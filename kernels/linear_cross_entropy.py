@@ -5,7 +5,8 @@
 
 hidden [L, D] fp16, bf16 or fp32; weight [V, D] a tensor, NF4 or int8; labels int64 [L]; weights fp32 [L] (0 for a row
 that does not count). The gradient is known as soon as the loss is, so the forward computes both and the backward only
-scales. A frozen head takes two matrix products (cuBLAS), a trained one three; a packed one is dequantized once a call.
+scales. A frozen head takes two matrix products (cuBLAS), a trained one three; a packed one is unpacked once a call,
+into the buffer that all packed weights use (kernels/unpacked.py).
 
 One buffer holds the logits of a chunk of rows, in hidden's dtype, and then their gradient; the next chunk reuses it.
 Besides what the products move:
@@ -39,11 +40,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.dequantize_nf4 import dequantize_nf4
+from kernels import unpacked
 from kernels.dispatch import choose, launch, primitive, run, wide
-from kernels.int8 import Int8Tensor, dequantize_int8
 from kernels.logarithm import logarithm
-from kernels.nf4 import NF4Tensor
+from kernels.unpacked import Packed
 
 ROW_MULTIPLE = 128
 SMALLEST_CHUNK = 1024  # rows; fewer make the products inefficient
@@ -52,6 +52,8 @@ PITCH_MULTIPLE = 64  # elements; rows of any V start at multiples of 128 bytes a
 HEADROOM = 256.0  # of a largest dlogit, a power of two
 VECTOR = 8  # elements that a thread loads at once; rows are padded to a multiple
 LOWEST = tl.constexpr(-3e38)  # below every logit; finite, so that differences are no NaN
+
+Weight = Tensor | Packed
 
 # (logits, labels, weights, scale, losses, gradient): the work on the rows of a chunk, in place
 Rows = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, bool], None]
@@ -252,12 +254,17 @@ def _loss_and_gradients(
     return losses.sum(), scale, dhidden, dhead
 
 
+def _dense(weight: Weight, hidden: Tensor) -> Tensor:
+    """The head [V, D] in hidden's dtype; a packed one is valid until the next is unpacked."""
+    return weight.to(hidden.dtype) if isinstance(weight, Tensor) else unpacked.weights((weight,), hidden.dtype)[0]
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         hidden: Tensor,
-        weight: Tensor,
+        weight: Weight,
         labels: Tensor,
         weights: Tensor,
         chunk: int,
@@ -265,7 +272,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         on_triton: bool,
     ) -> Tensor:
         need_hidden, need_head = (differentiate and need for need in ctx.needs_input_grad[:2])
-        head, rows_op = weight.to(hidden.dtype), cross_entropy_rows if on_triton else cross_entropy_rows_reference
+        head, rows_op = _dense(weight, hidden), cross_entropy_rows if on_triton else cross_entropy_rows_reference
         loss, scale, dhidden, dhead = _loss_and_gradients(
             hidden, head, labels, weights, chunk, need_hidden, need_head, rows_op
         )
@@ -284,7 +291,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def linear_cross_entropy(
     hidden: Tensor,
-    weight: Tensor | NF4Tensor | Int8Tensor,
+    weight: Weight,
     labels: Tensor,
     weights: Tensor,
     *,
@@ -295,7 +302,7 @@ def linear_cross_entropy(
     hidden [L, D], weight [V, D], labels int64 [L] in 0..V-1, weights fp32 [L] (not differentiated); L may be 0.
     Gradients for hidden and, where it requires one, weight (summed in fp32 over the chunks, in a fixed order).
     `memory_budget` bounds the bytes of logits that exist at once, as far as 1,024 rows allow. What the call returns or
-    keeps for the backward is on top of it: dhidden [L, D], dW [V, D] fp32, a dequantized head.
+    keeps for the backward is on top of it: dhidden [L, D], dW [V, D] fp32, an unpacked head.
     Labels are not checked on a GPU (it would wait for them): one outside of 0..V-1 makes the loss NaN.
     Raises ValueError where the shapes do not fit.
     """
@@ -306,10 +313,6 @@ def linear_cross_entropy(
             f"{tuple(weight.shape)}; got {tuple(hidden.shape)}, {tuple(labels.shape)} and {tuple(weights.shape)}"
         )
     on_triton = choose("linear_cross_entropy", hidden, ("triton", "reference")) == "triton"
-    if isinstance(weight, NF4Tensor):
-        weight = dequantize_nf4(weight, hidden.dtype)
-    elif isinstance(weight, Int8Tensor):
-        weight = dequantize_int8(weight, hidden.dtype)
     chunk = chunk_rows(vocabulary, hidden.dtype, memory_budget)
     weights = weights.to(torch.promote_types(hidden.dtype, torch.float32)).contiguous()
     loss = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]

@@ -8,8 +8,9 @@ share x (q, k, v; gate, up) go in one call: their A are one matrix [n r, K], x i
 dA, and the gradients of x are added up in one tensor, in place. Each layer has a mask of its own.
 
 Dropout is the counter hash of kernels/dropout.py on x's elements, so no mask is kept: each product makes its own. h is
-computed again in the backward pass, W unpacked again. Operands of products have x's dtype, sums are fp32; dA and dB are
-fp32 partial sums over fixed chunks of tokens, added in order and cast last.
+computed again in the backward pass; x W^T and dY W with a packed W are those of kernels/frozen_linear.py. Operands of
+products have x's dtype, sums are fp32; dA and dB are fp32 partial sums over fixed chunks of tokens, added in order and
+cast last.
 
     x W^T, dY W, h B^T, dY B    cuBLAS, in place where something is added to: plain products, whose roof it is
     x A^T, g A                  cuBLAS without dropout: one plain product for all n layers. With it:
@@ -39,18 +40,17 @@ from kernels import lora_linear_kernels
 from kernels.dequantize_nf4 import dequantize_nf4
 from kernels.dispatch import choose, launch, primitive, run, unit_stride, wide
 from kernels.dropout import keep_mask, threshold
+from kernels.frozen_linear import Weight, input_gradient, products
 from kernels.int8 import Int8Tensor, dequantize_int8
-from kernels.nf4 import NF4Tensor
 
-Weight = Tensor | NF4Tensor | Int8Tensor
 LARGEST_GROUP, LARGEST_RANK = 3, 128
 
 
 def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """The frozen weight [N, K] as cuBLAS takes it, unpacked for one product."""
-    if isinstance(weight, NF4Tensor):
-        return dequantize_nf4(weight, dtype)
-    return dequantize_int8(weight, dtype) if isinstance(weight, Int8Tensor) else weight
+    """The frozen weight [N, K], unpacked where it is packed, in memory of its own."""
+    if isinstance(weight, Tensor):
+        return weight
+    return dequantize_int8(weight, dtype) if isinstance(weight, Int8Tensor) else dequantize_nf4(weight, dtype)
 
 
 def lora_linear_reference(
@@ -160,11 +160,8 @@ class _LoraLinears(torch.autograd.Function):
         ctx.weights, ctx.options = weights, (scaling, dropout, site)
         a, b = adapters[: len(weights)], adapters[len(weights) :]
         codes = _codes(x, _stacked(a, x), len(a), dropout, seed, site)
-        ys = []
-        for weight, bias, up, h in zip(weights, biases, b, codes, strict=True):
-            y = F.linear(x, dense(weight, x.dtype), bias)
-            ys.append(y.addmm_(h, up.to(x.dtype).T, alpha=scaling))
-        return tuple(ys)
+        ys = products(x, weights, biases)
+        return tuple(y.addmm_(h, up.to(x.dtype).T, alpha=scaling) for y, up, h in zip(ys, b, codes, strict=True))
 
     @staticmethod
     @once_differentiable
@@ -178,9 +175,7 @@ class _LoraLinears(torch.autograd.Function):
         g = torch.cat([dy @ (scaling * up).to(x.dtype) for dy, up in zip(dys, b, strict=True)], dim=1)  # [T, n r]
         dx: Tensor | None = None
         if needs_x:
-            dx = dys[0] @ dense(ctx.weights[0], x.dtype)
-            for dy, weight in zip(dys[1:], ctx.weights[1:], strict=True):
-                dx.addmm_(dy, dense(weight, x.dtype))
+            dx = input_gradient(dys, ctx.weights)
             if seed is None:
                 dx.addmm_(g, a)
             else:

@@ -24,6 +24,8 @@ Working memory: both directions go through the tensor in chunks and hold about 1
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -57,16 +59,18 @@ LEVELS = (
 )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class NF4Tensor:
-    """A weight in 4 bits. All tensors lie on one device; `dtype` is what `dequantize_nf4` returns by default."""
+    """A weight in 4 bits, or some rows of one. All tensors lie on one device; `dtype` is what `dequantize_nf4` returns
+    by default."""
 
     codes: Tensor  # uint8 [ceil(n / 2)], two weights a byte, the first in the high nibble
     absmax_codes: Tensor  # uint8 [blocks], blocks = ceil(n / 64)
-    absmax2: Tensor  # fp32 [ceil(blocks / 256)]
-    offset: Tensor  # fp32 [], mean of absmax
+    absmax2: Tensor  # fp32 [ceil((first_block + blocks) / 256)]
+    offset: Tensor  # fp32, one value: mean of absmax
     shape: tuple[int, int]
     dtype: torch.dtype
+    first_block: int = 0  # blocks of absmax2's first group that lie before the first block here, 0..255
 
     @property
     def device(self) -> torch.device:
@@ -85,6 +89,91 @@ class NF4Tensor:
             absmax2=self.absmax2.to(device),
             offset=self.offset.to(device),
         )
+
+    def rows(self, start: int, stop: int) -> NF4Tensor:
+        """Rows start <= n < stop, as views of these tensors: their values are those of the whole weight.
+
+        Raises ValueError where a bound is out of range or inside a block (the last row's end is never inside one).
+        """
+        rows, columns = self.shape
+        if not 0 <= start < stop <= rows:
+            raise ValueError(f"rows {start} to {stop} of a NF4 weight with {rows} rows")
+        multiple = row_multiple(columns)
+        if start % multiple or (stop % multiple and stop != rows):
+            raise ValueError(
+                f"rows {start} to {stop} of a NF4 weight {self.shape} cut a block of {BLOCK}: with {columns} columns "
+                f"the bounds must be multiples of {multiple} rows, or the end"
+            )
+        first, last = start * columns // BLOCK, -(-stop * columns // BLOCK)
+        group, first_block = divmod(self.first_block + first, BLOCK2)
+        return replace(
+            self,
+            codes=self.codes[start * columns // 2 : (stop * columns + 1) // 2],
+            absmax_codes=self.absmax_codes[first:last],
+            absmax2=self.absmax2[group : -(-(self.first_block + last) // BLOCK2)],
+            shape=(stop - start, columns),
+            first_block=first_block,
+        )
+
+    def shard_rows(self, rank: int, world: int) -> NF4Tensor:
+        """The rows of `rank` where `world` ranks share them equally, as views.
+
+        Raises ValueError where equal shares would cut a block.
+        """
+        rows, columns = self.shape
+        if not 0 <= rank < world:
+            raise ValueError(f"rank {rank} of {world}")
+        if rows % (world * row_multiple(columns)) and world > 1:
+            raise ValueError(
+                f"a NF4 weight {self.shape} in {world} equal shares of rows: with {columns} columns the rows of a "
+                f"share must be a multiple of {row_multiple(columns)}"
+            )
+        return self.rows(rows * rank // world, rows * (rank + 1) // world)
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class FusedNF4:
+    """Weights that lie under each other (q/k/v, gate/up) without being copied: each keeps its offset and absmax2."""
+
+    parts: tuple[NF4Tensor, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (sum(part.shape[0] for part in self.parts), self.parts[0].shape[1])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parts[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.parts[0].device
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    def to(self, device: torch.device | str) -> FusedNF4:
+        return FusedNF4(tuple(part.to(device) for part in self.parts))
+
+
+def concatenate_nf4(parts: Sequence[NF4Tensor]) -> FusedNF4:
+    """The parts [N_i, K] as one weight [sum N_i, K].
+
+    Raises ValueError where there are none or they differ in columns, dtype or device.
+    """
+    kinds = {(part.shape[1], part.dtype, part.device) for part in parts}
+    if len(kinds) != 1:
+        raise ValueError(
+            "concatenate_nf4 takes one or more weights of equal columns, dtype and device, got "
+            + (", ".join(f"{part.shape} {part.dtype} on {part.device}" for part in parts) or "none")
+        )
+    return FusedNF4(tuple(parts))
+
+
+def row_multiple(columns: int) -> int:
+    """The fewest rows of `columns` weights that end with a block."""
+    return BLOCK // math.gcd(BLOCK, columns)
 
 
 @torch.no_grad()

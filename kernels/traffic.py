@@ -1,4 +1,4 @@
-"""Counts the bytes that each kernel moves, from its own loads and stores in Triton's interpreter, without a GPU.
+"""Counts the bytes that each kernel moves, from its own loads and stores, without a GPU.
 
     python -m kernels.traffic        one line a primitive
 
@@ -8,8 +8,9 @@
     reloads    repeated loads of parameters (tensors that are only read, and whose first dimension is not the tokens'):
                served by the L2 cache
 
-Elements are counted, not the sectors of 32 bytes that they lie in. A repeated access to a tile of tokens that a program
-has just read may be served by a cache too; it is counted as moved.
+Triton's kernels run in Triton's interpreter, csrc's in csrc's emulator. Elements are counted, not the sectors of 32
+bytes that they lie in. A repeated access to a tile of tokens that a program has just read may be served by a cache too;
+it is counted as moved.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels import samples
+from kernels import library, samples
 from kernels.dispatch import Kernel, recording
 from kernels.launches import Launch
 from kernels.samples import Call, Draw
 
 TOKENS, WIDTH = 192, 256  # small: the interpreter counts every element
+VARIABLES = ("TRITON_INTERPRET", "NIBBLE_EMULATE")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,27 +70,34 @@ class Access:
 
 
 def count(call: Call, tokens: int) -> Traffic:
-    """Runs the call's launcher in the interpreter and counts. Raises ValueError without TRITON_INTERPRET=1."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError("traffic is counted in Triton's interpreter: set TRITON_INTERPRET=1")
-    launched: dict[int, Tensor] = {}  # every tensor that a kernel got, by its first address
+    """Runs the call's launcher in the interpreter and the emulator, and counts.
+
+    Raises ValueError without TRITON_INTERPRET=1 and NIBBLE_EMULATE=1.
+    """
+    for name in VARIABLES:
+        if os.environ.get(name) != "1":
+            raise ValueError(f"traffic is counted in Triton's interpreter and csrc's emulator: set {name}=1")
+    launched: dict[int, Tensor] = {}  # every tensor that a Triton kernel got, by its first address
 
     def remember(_: Kernel, __: tuple[int, ...], ___: Launch, args: tuple[object, ...], ____: object) -> None:
         launched.update({x.data_ptr(): x for x in args if isinstance(x, Tensor)})
 
     loads: list[tuple[Any, int]] = []
     stores: list[tuple[Any, int]] = []
-    with recording(remember), _watching(loads, stores):
+    with recording(remember), _watching(loads, stores), library.counting() as accesses:
         result = call.registered.launcher(*call.arguments)
     tensors = [x for x in launched.values() if x.numel()]
+    for x, loaded, stored in zip(tensors, _attributed(loads, tensors), _attributed(stores, tensors), strict=True):
+        accesses.append(library.Accesses(x, loaded.issued, loaded.unique, stored.issued, stored.unique))
     inputs, outputs = ({x.untyped_storage().data_ptr() for x in _tensors(y)} for y in (call.arguments, result))
     least = moved = reloads = 0
-    for tensor, loaded, stored in zip(tensors, _attributed(loads, tensors), _attributed(stores, tensors), strict=True):
-        issued, storage = loaded.issued + stored.issued, tensor.untyped_storage().data_ptr()
-        once = stored.unique + (loaded.unique if storage in inputs else 0)  # what was just written needs no reading
+    for access in accesses:
+        issued, storage = access.loaded + access.stored, access.tensor.untyped_storage().data_ptr()
+        read = access.loaded_distinct if storage in inputs else 0  # what was just written needs no reading
+        once = access.stored_distinct + read
         if storage not in inputs | outputs:
             moved += issued
-        elif stored.issued or tensor.shape[:1] == (tokens,):
+        elif access.stored or access.tensor.shape[:1] == (tokens,):
             least, moved = least + once, moved + issued
         else:
             least, moved, reloads = least + once, moved + once, reloads + issued - once
@@ -158,8 +167,8 @@ def main(argv: list[str]) -> int:
         prog="python -m kernels.traffic", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.parse_args(argv)
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        environment = os.environ | {"TRITON_INTERPRET": "1"}
+    if any(os.environ.get(name) != "1" for name in VARIABLES):
+        environment = os.environ | dict.fromkeys(VARIABLES, "1")
         return subprocess.run([sys.executable, "-m", "kernels.traffic", *argv], env=environment, check=False).returncode
     print(f"{TOKENS} tokens of {WIDTH} channels, fp16; bytes")
     print(f"{'primitive':<44} {'least':>9} {'moved':>9} {'ratio':>6} {'reloads':>9}")

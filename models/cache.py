@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from kernels.decode_attention import decode_attention
 
 
 class LayerCache:
@@ -41,16 +41,7 @@ class LayerCache:
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One new token a sequence: q [B, H, d], k and v [B, G, d] -> [B, H, d]."""
         assert self.keys is not None and self.values is not None
-        owner = self.owner
-        rows = torch.arange(owner.batch_size, device=q.device)
-        self.keys[rows, owner.lengths] = k
-        self.values[rows, owner.lengths] = v
-        seen = torch.arange(owner.max_length, device=q.device) <= owner.lengths[:, None]  # [B, P]
-        out = F.scaled_dot_product_attention(
-            q[:, :, None], self.keys.transpose(1, 2), self.values.transpose(1, 2),
-            attn_mask=seen[:, None, None], enable_gqa=q.shape[1] != k.shape[1],
-        )  # fmt: skip
-        return out[:, :, 0]
+        return decode_attention(q, k, v, self.keys, self.values, self.owner.lengths)
 
 
 @dataclass

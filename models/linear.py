@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kernels.int8 import Int8Tensor, linear_int8, quantize_int8
-from kernels.linear_nf4 import linear_nf4
+from kernels.int8 import Int8Tensor, quantize_int8
+from kernels.linear_int8 import linear_int8, linears_int8
+from kernels.linear_nf4 import linear_nf4, linears_nf4
 from kernels.nf4 import NF4Tensor, quantize_nf4
+from models.quantized import Packed, QuantizedWeight
 
-FrozenWeight = Tensor | NF4Tensor | Int8Tensor
+FrozenWeight = Tensor | Packed
 
 
 class Linear(nn.Module):
@@ -25,7 +29,7 @@ class Linear(nn.Module):
         self.out_features = out_features
         self.weight: nn.Parameter | None = nn.Parameter(torch.empty(out_features, in_features))
         self.bias: nn.Parameter | None = nn.Parameter(torch.empty(out_features)) if bias else None
-        self.quantized: NF4Tensor | Int8Tensor | None = None
+        self.quantized: QuantizedWeight | None = None
 
     def quantize(self, weight: Tensor, *, bits: int, device: torch.device, name: str) -> None:
         """Stores a [out, in] weight, frozen, in 4 or 8 bits on `device`.
@@ -33,13 +37,13 @@ class Linear(nn.Module):
         The rule works on the weight in its file's dtype, before any cast to the compute dtype.
         """
         weight = weight.to(device)
-        self.quantized = quantize_nf4(weight, name) if bits == 4 else quantize_int8(weight, name)
+        self.quantized = QuantizedWeight(quantize_nf4(weight, name) if bits == 4 else quantize_int8(weight, name))
         self.weight = None
 
     def frozen_weight(self) -> FrozenWeight:
         """The weight as it is stored, for operations that take any storage."""
         if self.quantized is not None:
-            return self.quantized
+            return self.quantized.packed()
         assert self.weight is not None
         return self.weight
 
@@ -47,17 +51,37 @@ class Linear(nn.Module):
         return self._linear(x, self.bias)
 
     def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if isinstance(self.quantized, NF4Tensor):
-            return linear_nf4(x, self.quantized, bias)
-        if isinstance(self.quantized, Int8Tensor):
-            return linear_int8(x, self.quantized, bias)
-        assert self.weight is not None
-        return F.linear(x, self.weight, bias)
+        weight = self.frozen_weight()
+        if isinstance(weight, NF4Tensor):
+            return linear_nf4(x, weight, bias)
+        if isinstance(weight, Int8Tensor):
+            return linear_int8(x, weight, bias)
+        return F.linear(x, weight, bias)
 
     def product(self, x: Tensor) -> Tensor:
         """x W^T without the bias, for an op that adds it: [T, in] -> [T, out]."""
         return self._linear(x, None)
 
     def extra_repr(self) -> str:
-        storage = type(self.quantized).__name__ if self.quantized is not None else "16/32-bit"
+        storage = self.quantized.kind.__name__ if self.quantized is not None else "16/32-bit"
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {storage}"
+
+
+def linears(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
+    """Several layers on one x [T, in] -> [T, out_i] each, in tensors of their own: q/k/v, gate/up.
+
+    Packed weights of one kind are one call: one unpacking (or one fused product), and dX is added up in place.
+    """
+    weights, biases = pack_of(layers), [layer.bias for layer in layers]
+    nf4 = [weight for weight in weights if isinstance(weight, NF4Tensor)]
+    int8 = [weight for weight in weights if isinstance(weight, Int8Tensor)]
+    if len(nf4) == len(layers):
+        return linears_nf4(x, nf4, biases)
+    if len(int8) == len(layers):
+        return linears_int8(x, int8, biases)
+    return tuple(layer(x) for layer in layers)
+
+
+def pack_of(layers: Sequence[Linear]) -> tuple[Packed, ...]:
+    """The packed weights of the layers that have one."""
+    return tuple(layer.quantized.packed() for layer in layers if layer.quantized is not None)

@@ -1,6 +1,6 @@
-"""Without a GPU the Triton kernels run in Triton's interpreter, and only where a test asks for them.
+"""Without a GPU the Triton kernels run in Triton's interpreter, and csrc's in its emulator, where a test asks for them.
 
-Both variables must be set before triton is imported, hence here.
+TRITON_INTERPRET must be set before triton is imported, hence here.
 """
 
 from __future__ import annotations
@@ -11,4 +11,5 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("NIBBLE_EMULATE", "1")
     os.environ.setdefault("NIBBLE_KERNELS", "reference")

@@ -19,6 +19,7 @@ COMMANDS = ("scripts", "benchmarks")
 
 # Distributions that a layer may import, beside the standard library and the layers below it.
 ALLOWED = {
+    "csrc": set(),
     "kernels": {"torch", "triton", "numpy"},
     "models": {"torch", "triton", "numpy"},
     "models/weights": {"torch", "triton", "numpy", "safetensors"},
@@ -47,6 +48,10 @@ def sources(*folders: str) -> list[Path]:
     if folders:
         return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
     return sorted([*ROOT.glob("*.py"), *sources(*LAYERS, *COMMANDS)])
+
+
+def cuda() -> list[Path]:
+    return sorted(path for end in ("*.cu", "*.cuh", "*.h") for path in (ROOT / "csrc").glob(end))
 
 
 def name(path: Path) -> str:
@@ -127,7 +132,7 @@ def _distribution(module: str) -> str | None:
 
 
 def test_files_are_short() -> None:
-    lengths = {name(path): len(path.read_text(encoding="utf-8").splitlines()) for path in sources()}
+    lengths = {name(path): len(path.read_text(encoding="utf-8").splitlines()) for path in [*sources(), *cuda()]}
     assert {path: length for path, length in lengths.items() if length > 700} == {}
     written = [length for length in lengths.values() if length > 5]  # without the __init__.py of one line
     assert statistics.median(written) <= 180
@@ -161,12 +166,21 @@ def code(path: Path) -> str:
 
 def test_nothing_is_left_for_later() -> None:
     marks = re.compile(r"\b(TODO|FIXME|XXX)\b")
-    assert [name(path) for path in sources() if marks.search(path.read_text(encoding="utf-8"))] == []
+    assert [name(path) for path in [*sources(), *cuda()] if marks.search(path.read_text(encoding="utf-8"))] == []
 
 
 def test_code_is_ascii() -> None:
-    wrong = [name(path) for path in sources() if not path.read_text(encoding="utf-8").isascii()]
+    wrong = [name(path) for path in [*sources(), *cuda()] if not path.read_text(encoding="utf-8").isascii()]
     assert wrong == []
+
+
+def test_csrc_serves_every_torch_and_python() -> None:
+    """It includes headers of CUDA, of C++ and its own, and its interface is plain C."""
+    included = {header for path in cuda() for header in re.findall(r'#include [<"](.+)[>"]', path.read_text())}
+    foreign = ("torch", "ATen", "c10", "Python", "pybind11", "cutlass", "cub", "thrust")
+    assert included and [header for header in included if re.match(rf"({'|'.join(foreign)})\b", header)] == []
+    done = subprocess.run(["gcc", "-x", "c", "-std=c99", "-fsyntax-only", ROOT / "csrc/nibble.h"], check=False)
+    assert done.returncode == 0
 
 
 def test_every_file_defers_annotations() -> None:
@@ -181,10 +195,14 @@ def test_every_file_defers_annotations() -> None:
 
 
 def test_nothing_is_installed_under_our_names() -> None:
-    """pyproject.toml configures tools; `pip install .` must not put `engine` or `kernels` into an environment."""
+    """pyproject.toml configures tools; `pip install .` must not put `engine` or `kernels` into an environment.
+
+    tests/csrc/test_build.py looks into what it does install.
+    """
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert "[project]" not in text
     assert "[build-system]" not in text
+    assert re.findall(r"packages=(.*),", (ROOT / "setup.py").read_text(encoding="utf-8")) == ['["nibble_csrc"]']
 
 
 def test_every_requirement_is_pinned() -> None:

@@ -17,7 +17,7 @@ from kernels.rope import rope, rope_table
 from kernels.swiglu import swiglu
 from models.adapters.mma import AdapterConfig, MMAdapter
 from models.cache import LayerCache
-from models.linear import Linear
+from models.linear import Linear, linears
 from models.norm import Norm
 from models.pack import Segments
 
@@ -65,9 +65,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Context, cache: LayerCache | None) -> Tensor:  # [T, D] -> [T, D]
         segments = context.segments
-        q = self.q(x).unflatten(-1, (-1, self.head_dim))  # [T, H, d]
-        k = self.k(x).unflatten(-1, (-1, self.head_dim))  # [T, G, d]
-        v = self.v(x).unflatten(-1, (-1, self.head_dim))  # [T, G, d]
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in linears(x, self.q, self.k, self.v))
         q, k = rope(q, k, *context.rope, segments.position_ids, interleaved=True, inplace=True)
         if cache is not None and cache.decoding:
             out = cache.attend(q, k, v)
@@ -88,7 +86,7 @@ class MLP(nn.Module):
         self.down = Linear(config.ffn_dim, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:  # [T, D] -> [T, D]
-        return self.down(swiglu(self.gate(x), self.up(x), reuse=True))
+        return self.down(swiglu(*linears(x, self.gate, self.up), reuse=True))
 
 
 class Block(nn.Module):
@@ -109,6 +107,11 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.attention_adapter: MMAdapter | None = None
         self.mlp_adapter: MMAdapter | None = None
+
+    def groups(self) -> list[tuple[Linear, ...]]:
+        """The linears, those that are applied to one x together."""
+        attention, mlp = self.attention, self.mlp
+        return [(attention.q, attention.k, attention.v), (attention.o,), (mlp.gate, mlp.up), (mlp.down,)]
 
     def forward(
         self, x: Tensor, delta: Tensor | None, context: Context, cache: LayerCache | None = None

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels.activation import bias_act
 from kernels.attention import varlen_attention
 from models.adapters.mma import AdapterConfig, MMAdapter, PlainAdapter
-from models.linear import Linear
+from models.linear import Linear, linears
 from models.norm import Norm
 
 NUM_TAPS = 6  # image tokens: one for each block whose class token is taken
@@ -71,7 +71,7 @@ class Attention(nn.Module):
         self.o = Linear(config.width, config.width, bias=True)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:  # [N * P, W] -> [N * P, W]
-        q, k, v = (part(x).unflatten(-1, (-1, self.head_dim)) for part in (self.q, self.k, self.v))
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in linears(x, self.q, self.k, self.v))
         out = varlen_attention(q, k, v, context.cu_seqlens, context.num_tokens, causal=False)
         return self.o(out.flatten(1))
 

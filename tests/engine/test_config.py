@@ -99,6 +99,7 @@ def test_out_of_range_is_an_error_that_names_the_flag(path: str) -> None:
         ("--dataset.prompt_format QQQ", "'QQQ'"),
         ("--dataset.options AAB", "dataset.options is 'AAB'"),
         ("--model.delta d", "a delta without what it is added to"),
+        ("--runtime.unpacked_memory 4", "runtime.unpacked_memory is '4'"),
     ],
 )
 def test_what_cannot_work_is_an_error(line: str, message: str) -> None:
@@ -152,6 +153,9 @@ def test_an_evaluation_needs_exactly_one_thing_to_evaluate() -> None:
         ("--legacy.block_routing", "--legacy.block_routing has no effect without --adapter.language block"),
         ("--legacy.eval_8bit_as_4bit", "--legacy.eval_8bit_as_4bit has no effect without --bits 8bit"),
         ("--legacy.chat_length", "--legacy.chat_length has no effect without --dataset.format chat"),
+        ("--bits 16bit --runtime.unpacked_memory 4GB", "--runtime.unpacked_memory has no effect with --bits 16bit"),
+        ("--runtime.device cpu --runtime.unpacked_memory 1MB", "no effect with --runtime.device cpu"),
+        ("--runtime.device cpu --runtime.prefetch", "--runtime.prefetch has no effect with --runtime.device cpu"),
     ],
 )
 def test_a_flag_without_effect_warns(line: str, note: str) -> None:
@@ -174,7 +178,10 @@ def test_a_flag_without_effect_on_an_evaluation_warns(line: str, notes: list[str
     assert [text[: len(start)] for text, start in zip(got, notes, strict=True)] == notes
 
 
-@pytest.mark.parametrize("line", ["", "--optim.lr 1e-3", "--dataset.split minitrain", "--bits 8bit --plan --json"])
+@pytest.mark.parametrize(
+    "line",
+    ["", "--runtime.unpacked_memory 4GB", "--optim.lr 1e-3", "--dataset.split minitrain", "--bits 8bit --plan --json"],
+)
 def test_flags_with_effect_do_not_warn(line: str) -> None:
     assert effectless(parse_train(line.split())[0]) == []
 

@@ -17,15 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import doctor
+from csrc import build
 from engine import doctor as engine_doctor
 from engine import op_checks
 from engine.op_checks import OpCheck, check_ops
-from kernels import dispatch
+from kernels import dequantize_nf4, dispatch, library
 
 REPOSITORY = Path(__file__).parents[2]
 # files of kernels/ without an op of their own
 NO_OPS = {"attention_peers", "compile", "dispatch", "dropout", "launches", "logarithm", "traffic", "__init__"}
-NO_OPS |= {"norm_mma_parameter", "norm_mma_tiles", "router"}
+NO_OPS |= {"norm_mma_parameter", "norm_mma_tiles", "router", "library"}
+NO_OPS |= {"frozen_linear", "unpacked", "nf4_bitsandbytes"}
 
 Look = Callable[[], "tuple[int, dict[str, Any]]"]
 
@@ -94,7 +96,8 @@ def test_every_op_is_checked_forward_and_backward(dtype: torch.dtype) -> None:
     files = {path.stem.removesuffix("_kernels") for path in (REPOSITORY / "kernels").glob("*.py")} - NO_OPS
     assert {stem for stem in files if not any(stem in check.op for check in checks)} == set()
     one_way = {check.op for check in checks if check.backward is None}
-    assert one_way == {"adamw", "quantize_nf4", "dequantize_nf4", "quantize_int8"}
+    one_way_ops = {"adamw", "decode_attention", "quantize_nf4", "dequantize_nf4", "quantize_int8", "dequantize_int8"}
+    assert one_way == one_way_ops
     assert [check for check in checks if not check.ok] == []
 
 
@@ -113,6 +116,49 @@ def test_triton_kernels_are_checked_where_they_run(monkeypatch: pytest.MonkeyPat
     for op in ("rms_norm", "norm_mma, RMSNorm", "norm_mma, LayerNorm", "projector_mlp"):
         assert (checks[op].backend, checks[op].ok) == ("triton", True)
     assert checks["rms_norm"].why == "TRITON_INTERPRET=1"
+
+
+def test_which_kernels_unpack_weights_is_said(look: Look, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(library, "found", lambda: None)
+    missing = finding(look()[1], "4-bit kernels")
+    assert (missing["status"], missing["do"].startswith("make")) == ("note", True)
+    about = build.Built("0", (80, 90), 90, "CUDA 12.8")
+    monkeypatch.setattr(library, "found", lambda: (tmp_path / "libnibble.so", about))
+    there = finding(look()[1], "4-bit kernels")
+    assert (there["status"], there["text"]) == ("ok", f"{tmp_path}/libnibble.so (CUDA 12.8, sm_80 sm_90)")
+
+
+@pytest.mark.parametrize(
+    ("unpacks", "missing", "status", "text"),
+    [
+        ("cuda", "", "ok", "libnibble.so (CUDA 12.8, sm_80) for 4-bit weights on cuda:0"),
+        (
+            "bitsandbytes",
+            "not built: make",
+            "note",
+            "bitsandbytes' CUDA kernels for 4-bit weights on cuda:0: not built",
+        ),
+        ("", "not built: make", "problem", "nothing unpacks 4-bit weights on cuda:0"),
+    ],
+)
+def test_what_unpacks_weights_on_a_gpu_is_said(
+    monkeypatch: pytest.MonkeyPatch, unpacks: str, missing: str, status: str, text: str
+) -> None:
+    def backend_of(_: Tensor) -> str:
+        if not unpacks:
+            raise dispatch.BackendError("install bitsandbytes")
+        return unpacks
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    monkeypatch.setattr(library, "found", lambda: (Path("libnibble.so"), build.Built("0", (80,), 80, "CUDA 12.8")))
+    monkeypatch.setattr(library, "available_for", lambda _: missing)
+    monkeypatch.setattr(dequantize_nf4, "backend_of", backend_of)
+    (found,) = engine_doctor.packed_weights()
+    assert (found.status, found.text.startswith(text)) == (status, True)
+    assert found.do == ("" if unpacks else "install bitsandbytes")
 
 
 def wrong_value(gate: Tensor, up: Tensor) -> Tensor:

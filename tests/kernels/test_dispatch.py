@@ -25,6 +25,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_decisions", {})
     monkeypatch.delenv("NIBBLE_KERNELS", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("NIBBLE_EMULATE", raising=False)
 
 
 def test_auto_takes_the_reference_on_the_cpu() -> None:
@@ -36,6 +37,17 @@ def test_auto_takes_triton_on_the_cpu_when_interpreted(monkeypatch: pytest.Monke
     assert choose("op", torch.zeros(1), BOTH) == "triton"
     assert choose("op", torch.zeros(1, dtype=torch.float64), BOTH) == "reference"
     assert choose("plain", torch.zeros(1), ("reference",)) == "reference"
+
+
+def test_auto_takes_csrc_on_the_cpu_when_emulated(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("NIBBLE_EMULATE", "1")
+    with caplog.at_level(logging.INFO, logger="nibble.kernels"):
+        assert choose("op", torch.zeros(1), CUDA) == "cuda"
+    assert [entry.getMessage() for entry in caplog.records] == ["op: cuda (NIBBLE_EMULATE=1)"]
+    assert choose("op", torch.zeros(1, dtype=torch.float64), CUDA) == "reference"
+    assert choose("other", torch.zeros(1), BOTH) == "reference"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -85,6 +97,18 @@ def test_a_backend_whose_library_is_missing_does_not_run() -> None:
     set_backend("cuda")
     with pytest.raises(BackendError, match="its library is missing"):
         choose("op", ON_GPU, CUDA, missing)
+
+
+def test_the_reference_is_no_choice_on_a_gpu_where_something_must_be_installed() -> None:
+    missing = {"cuda": "its library is missing"}
+    with pytest.raises(BackendError, match="op: its library is missing; make it"):
+        choose("op", ON_GPU, CUDA, missing, install="make it")
+    assert choose("op", torch.zeros(1), CUDA, missing, install="make it") == "reference"
+    assert choose("op", ON_GPU, CUDA, install="make it") == "cuda"
+    fp64: Any = SimpleNamespace(is_cuda=True, dtype=torch.float64, device=torch.device("cuda"))
+    assert choose("op", fp64, CUDA, missing, install="make it") == "reference"
+    set_backend("reference")
+    assert choose("op", ON_GPU, CUDA, missing, install="make it") == "reference"
 
 
 def test_an_op_without_the_chosen_backend_runs_what_it_has_and_says_so(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.int8 import dequantize_int8, linear_int8, quantize_int8
-from tests.kernels.tolerance import assert_within_twice
+from kernels import dispatch, library
+from kernels.int8 import backend_of, dequantize_int8, dequantize_int8_reference, quantize_int8, unpack_int8
+from tests.kernels.packed import csrc as csrc
+from tests.kernels.packed import int8
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -62,46 +64,50 @@ def test_what_is_not_a_weight_is_refused(weight: Tensor) -> None:
         quantize_int8(weight, "head")
 
 
+@pytest.mark.usefixtures("csrc")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("tokens", "rows", "columns"), [(1, 96, 64), (127, 33, 2730), (257, 4304, 48)])
-def test_linear_error_is_torchs_own(tokens: int, rows: int, columns: int, dtype: torch.dtype) -> None:
-    torch.manual_seed(tokens)
-    q = quantize_int8((torch.randn(rows, columns) * columns**-0.5).to(dtype))
-    x, bias, grad = (torch.randn(shape).to(dtype) for shape in ((tokens, columns), (rows,), (tokens, rows)))
-    weight = dequantize_int8(q)
-    ours, expression = (x.clone().requires_grad_() for _ in range(2))
-    reference = x.double().requires_grad_()
-    outs = (
-        linear_int8(ours, q, bias),
-        F.linear(expression, weight, bias),
-        F.linear(reference, weight.double(), bias.double()),
-    )
-    assert_within_twice(*(y.detach() for y in outs), "y")
-    for y in outs:
-        y.backward(grad.to(y.dtype))
-    assert ours.grad is not None
-    assert expression.grad is not None
-    assert reference.grad is not None
-    assert_within_twice(ours.grad, expression.grad, reference.grad, "dx")
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (9, 2730), (5, 4304), (129, 256)])
+def test_csrc_has_the_bits_of_the_reference(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+    torch.manual_seed(2)
+    q = quantize_int8((torch.randn(shape) * torch.logspace(-6, 3, shape[0])[:, None]).to(device))
+    assert torch.equal(dequantize_int8(q, dtype), dequantize_int8_reference(q, dtype))
 
 
-def test_linear_gradcheck() -> None:
-    torch.manual_seed(0)
-    q = quantize_int8(torch.randn(5, 9))
-    x = torch.randn(3, 9, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: linear_int8(x, q), x)
+@pytest.mark.usefixtures("csrc")
+@pytest.mark.parametrize("parts", [1, 4, 6])
+def test_weights_are_unpacked_under_each_other(parts: int, device: torch.device) -> None:
+    torch.manual_seed(parts)
+    each = [int8(9 + i, 72, torch.float16, device).rows(i, 9) for i in range(parts)]
+    out = torch.empty(sum(q.shape[0] for q in each), 72, dtype=torch.float16, device=device)
+    unpack_int8(each, out)
+    assert torch.equal(out, torch.cat([dequantize_int8_reference(q, torch.float16) for q in each]))
 
 
-def test_linear_saves_no_activation() -> None:
-    q, saved = quantize_int8(torch.randn(8, 16)), list[Tensor]()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        linear_int8(torch.randn(3, 16, requires_grad=True), q)
-    assert not saved
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.usefixtures("csrc")
+def test_random_shapes_on_a_gpu() -> None:
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(200):
+        rows, columns = (int(torch.randint(1, most, (), generator=generator)) for most in (300, 6000))
+        for dtype in DTYPES:
+            q = int8(rows, columns, dtype, torch.device("cuda"))
+            assert torch.equal(dequantize_int8(q), dequantize_int8_reference(q, dtype)), (rows, columns)
 
 
-def test_linear_refuses_wrong_width_and_trained_bias() -> None:
-    q = quantize_int8(torch.randn(8, 16))
-    with pytest.raises(ValueError, match="x has 15 columns"):
-        linear_int8(torch.randn(2, 15), q)
-    with pytest.raises(ValueError, match="frozen"):
-        linear_int8(torch.randn(2, 16), q, torch.zeros(8, requires_grad=True))
+def test_a_gpu_without_csrc_takes_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_settings", {"backend": "auto"})
+    monkeypatch.setattr(library, "available_for", lambda _: "csrc is not built")
+    on_gpu: Any = SimpleNamespace(is_cuda=True, dtype=torch.float16, device=torch.device("cuda", 0))
+    assert backend_of(on_gpu) == "reference"
+    monkeypatch.setattr(library, "available_for", lambda _: "")
+    assert backend_of(on_gpu) == "cuda"
+
+
+def test_rows_are_views_with_the_values_of_the_whole() -> None:
+    q = quantize_int8(torch.randn(7, 5))
+    rows = q.rows(2, 6)
+    assert rows.shape == (4, 5) and rows.codes.data_ptr() == q.codes[2:].data_ptr()
+    assert torch.equal(dequantize_int8(rows), dequantize_int8(q)[2:6])
+    for start, stop in ((0, 0), (3, 2), (-1, 2), (0, 8)):
+        with pytest.raises(ValueError, match=f"rows {start} to {stop} of an int8 weight with 7 rows"):
+            q.rows(start, stop)

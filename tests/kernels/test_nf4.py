@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-import sys
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from kernels import dequantize_nf4 as unpacking
 from kernels import nf4
 from kernels.dequantize_nf4 import dequantize_nf4
-from kernels.dispatch import BackendError, set_backend
-from kernels.nf4 import NF4Tensor, quantize_nf4
+from kernels.nf4 import NF4Tensor, concatenate_nf4, quantize_nf4
 
 functional: Any = pytest.importorskip("bitsandbytes.functional")
 
@@ -160,6 +154,79 @@ def test_size_and_device() -> None:
     assert (moved.shape, moved.dtype) == ((64, 1024), torch.float16)
 
 
+@pytest.mark.parametrize("columns", [64, 96, 128, 729, 2730])
+def test_rows_are_views_with_the_values_of_the_whole(columns: int) -> None:
+    torch.manual_seed(10)
+    q = quantize_nf4(torch.randn(640, columns))
+    values = dequantize_nf4(q)
+    for start, stop in ((0, 640), (64, 128), (320, 640), (576, 640)):
+        rows = q.rows(start, stop)
+        assert rows.shape == (stop - start, columns)
+        assert torch.equal(dequantize_nf4(rows), values[start:stop])
+        for name in ("codes", "absmax_codes", "absmax2", "offset"):
+            whole, part = getattr(q, name), getattr(rows, name)
+            assert part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr(), name
+    again = q.rows(64, 512).rows(192, 256)
+    assert 0 <= again.first_block < 256
+    assert torch.equal(dequantize_nf4(again), values[256:320])
+
+
+def test_the_last_row_may_end_inside_a_block() -> None:
+    q = quantize_nf4(torch.randn(67, 729))
+    values = dequantize_nf4(q)
+    assert torch.equal(dequantize_nf4(q.rows(64, 67)), values[64:])
+    assert torch.equal(dequantize_nf4(q.rows(64, 67).rows(0, 3)), values[64:])
+
+
+@pytest.mark.parametrize(("columns", "multiple"), [(729, 64), (2730, 32), (96, 2), (48, 4)])
+def test_rows_that_cut_a_block_are_refused(columns: int, multiple: int) -> None:
+    q = quantize_nf4(torch.randn(192, columns))
+    assert q.rows(0, multiple).shape == (multiple, columns)
+    for start, stop in ((0, multiple // 2), (multiple // 2, 192), (1, 192)):
+        with pytest.raises(ValueError, match=f"with {columns} columns the bounds must be multiples of {multiple} rows"):
+            q.rows(start, stop)
+    for start, stop in ((0, 0), (64, 0), (-64, 64), (128, 256)):
+        with pytest.raises(ValueError, match=f"rows {start} to {stop} of a NF4 weight with 192 rows"):
+            q.rows(start, stop)
+
+
+def test_shards_are_the_weight() -> None:
+    q = quantize_nf4(torch.randn(384, 96))
+    for world in (1, 2, 3, 64):
+        shards = [q.shard_rows(rank, world) for rank in range(world)]
+        assert {shard.shape for shard in shards} == {(384 // world, 96)}
+        assert torch.equal(torch.cat([dequantize_nf4(shard) for shard in shards]), dequantize_nf4(q))
+    for world in (5, 128, 384):  # unequal, and inside of blocks
+        with pytest.raises(ValueError, match=f"in {world} equal shares of rows: .* must be a multiple of 2"):
+            q.shard_rows(0, world)
+    with pytest.raises(ValueError, match="rank 2 of 2"):
+        q.shard_rows(2, 2)
+    assert quantize_nf4(torch.randn(3, 5)).shard_rows(0, 1).shape == (3, 5)
+
+
+def test_fused_weights_keep_their_own_scales() -> None:
+    torch.manual_seed(11)
+    parts = [quantize_nf4(torch.randn(rows, 96) * scale) for rows, scale in ((5, 1.0), (64, 1e-3), (2, 30.0))]
+    parts[1] = parts[1].rows(2, 64)
+    fused = concatenate_nf4(parts)
+    assert (fused.shape, fused.dtype, fused.device) == ((69, 96), torch.float32, torch.device("cpu"))
+    assert fused.nbytes == sum(part.nbytes for part in parts)
+    assert all(a is b for a, b in zip(fused.parts, parts, strict=True))
+    assert torch.equal(dequantize_nf4(fused), torch.cat([dequantize_nf4(part) for part in parts]))
+    moved = fused.to("meta")
+    assert moved.device.type == "meta" and moved.shape == fused.shape and moved.parts[1].first_block == 3
+
+
+@pytest.mark.parametrize("other", [(4, 95, torch.float32), (4, 96, torch.float16)])
+def test_what_cannot_be_fused_is_refused(other: tuple[int, int, torch.dtype]) -> None:
+    *shape, dtype = other
+    first, second = quantize_nf4(torch.randn(4, 96)), quantize_nf4(torch.randn(shape).to(dtype))
+    with pytest.raises(ValueError, match=r"equal columns, dtype and device, got \(4, 96\) torch.float32 on cpu, \("):
+        concatenate_nf4([first, second])
+    with pytest.raises(ValueError, match="got none"):
+        concatenate_nf4([])
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("index", [(0, 0), (4, 60), (6, 99)])
 def test_non_finite_weight_is_named(value: float, index: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,53 +245,6 @@ def test_what_is_not_a_weight_is_refused(weight: Tensor) -> None:
         quantize_nf4(weight, "head")
 
 
-def test_explicit_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    on_gpu: Any = SimpleNamespace(is_cuda=True, dtype=torch.uint8, device=torch.device("cuda"))
-    previous = set_backend("cuda")
-    try:
-        with pytest.raises(BackendError, match=r"dequantize_nf4: backend 'cuda' .*torch\.uint8 tensor on cpu"):
-            dequantize_nf4(quantize_nf4(torch.ones(4, 4)))
-        monkeypatch.setattr(unpacking, "_bitsandbytes", lambda: None)
-        with pytest.raises(BackendError, match="bitsandbytes with CUDA is missing"):
-            unpacking._backend(on_gpu)
-        monkeypatch.setattr(unpacking, "_bitsandbytes", lambda: functional)
-        assert unpacking._backend(on_gpu) == "cuda"
-        set_backend("reference")
-        assert unpacking._backend(on_gpu) == "reference"
-    finally:
-        set_backend(previous)
-
-
-def test_importing_bitsandbytes_does_not_talk_about_our_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A stand-in that does on its import what the real one does on CPUs with AVX-512; its other warnings are shown."""
-    backend = tmp_path / "bitsandbytes" / "backends" / "cpu"
-    backend.mkdir(parents=True)
-    (tmp_path / "bitsandbytes" / "__init__.py").write_text("from .backends.cpu import ops")
-    (tmp_path / "bitsandbytes" / "functional.py").touch()
-    (tmp_path / "bitsandbytes" / "cextension.py").write_text("class lib:\n    compiled_with_cuda = True\n")
-    (backend / "ops.py").write_text(
-        "import logging\n"
-        "logger = logging.getLogger(__name__)\n"
-        "try:\n    from kernels import get_kernel\n"
-        "except Exception as error:\n    logger.warning('no kernel: %s', error)\n"
-        "logger.warning('something else')\n"
-    )
-    for name in [name for name in sys.modules if name.partition(".")[0] == "bitsandbytes"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.syspath_prepend(tmp_path)
-    unpacking._bitsandbytes.cache_clear()
-    try:
-        assert unpacking._bitsandbytes().__file__ == str(tmp_path / "bitsandbytes" / "functional.py")
-    finally:
-        unpacking._bitsandbytes.cache_clear()
-        for name in [name for name in sys.modules if name.partition(".")[0] == "bitsandbytes"]:
-            monkeypatch.delitem(sys.modules, name)  # the real ones come back with the others
-    assert [record.getMessage() for record in caplog.records] == ["something else"]
-    assert logging.getLogger("bitsandbytes.backends.cpu.ops").filters == []
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_cuda_equals_cpu(dtype: torch.dtype) -> None:
@@ -233,7 +253,3 @@ def test_cuda_equals_cpu(dtype: torch.dtype) -> None:
     here, there = quantize_nf4(weight), quantize_nf4(weight.cuda())
     for name in ("codes", "absmax_codes", "absmax2", "offset"):
         assert torch.equal(getattr(here, name), getattr(there, name).cpu()), name
-    values = dequantize_nf4(here)
-    assert torch.equal(unpacking.dequantize_nf4_reference(there, dtype).cpu(), values)
-    if unpacking._bitsandbytes() is not None:
-        assert torch.equal(unpacking._dequantize_bitsandbytes(there, dtype).cpu(), values)

@@ -37,7 +37,8 @@ def test_the_tower_keeps_norms_and_embeddings_in_fp32_as_lavin_does(bits: int) -
     source = tiny_model(CONFIGS[0])
     dtypes: dict[torch.dtype, set[str]] = {}
     for name, parameter in placed(source, torch.float16, bits).named_parameters():
-        dtypes.setdefault(parameter.dtype, set()).add(name)
+        if ".quantized." not in name:
+            dtypes.setdefault(parameter.dtype, set()).add(name)
     learns = set(source.trainable())
     towers = {
         name

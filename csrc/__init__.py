@@ -1,0 +1,1 @@
+"""CUDA C++ for what Triton expresses badly, and the command that builds it."""

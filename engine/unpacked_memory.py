@@ -1,0 +1,104 @@
+"""--runtime.unpacked_memory, prefetch: what a run does with memory for 16-bit copies of its quantised weights.
+
+An op unpacks the weights that it multiplies by, a group, into a buffer that all groups share: the memory of the largest
+group, which is always there; with prefetch, that of a layer, so that the next group has room beside the present one.
+What is asked for beyond it buys, in this order:
+
+    a scratch of one layer, with gradient checkpointing: a layer's backward follows its recomputation and finds the
+        weights that this has unpacked; otherwise they are unpacked twice
+    permanent copies of k layers, which are then never unpacked: as many as the rest holds. A copy saves the same
+        wherever its layer is; the last layers are taken, so that two runs choose the same ones, and because the
+        backward pass begins with them
+
+Where all layers fit, nothing of them is left to unpack, and no scratch is needed. Copies change no bit of a result.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from engine.build import BITS
+from engine.checks import about_unpacking
+from engine.config import Config
+from engine.memory_size import gib, parse_size
+from kernels import unpacked
+from models.language.llama import Llama
+from models.linear import Linear, pack_of
+
+logger = logging.getLogger("nibble")
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """How the memory is divided. Bytes."""
+
+    scratch: int  # what is unpacked again and again goes here
+    copies: int
+    num_copied: int  # k, the last layers of the language model
+    why: str
+
+
+def divide(budget: int, layers: Sequence[Sequence[int]], *, checkpointing: bool, prefetch: bool) -> Share:
+    """Divides `budget` bytes; `layers` has, for each layer, the unpacked bytes of its groups.
+
+    scratch + copies is at most the budget, or else the largest group (with prefetch, the largest layer).
+    """
+    sizes, largest = [sum(groups) for groups in layers], max(max(groups) for groups in layers)
+    if budget >= sum(sizes):
+        return Share(0, sum(sizes), len(sizes), f"all {len(sizes)} layers fit")
+    least = max(sizes) if prefetch else largest
+    scratch = max(least, min(budget, max(sizes))) if checkpointing else least
+    left, copied = budget - scratch, 0
+    while sizes[-1 - copied] <= left:
+        left -= sizes[-1 - copied]
+        copied += 1
+    why = f"{gib(left)} left, the next layer takes {gib(sizes[-1 - copied])}" if left >= 0 else "no memory for more"
+    if checkpointing and scratch > largest:
+        why = f"recomputation and backward share what is unpacked; {why}"
+    return Share(scratch, budget - scratch - left, copied, why)
+
+
+def share_of(config: Config, model: Llama, itemsize: int, *, on_cuda: bool) -> Share | None:
+    """What this configuration does with activations of `itemsize` bytes; None where no layer is quantised. The model
+    may be on the meta device and without weights."""
+    if BITS[config.bits] == 16:
+        return None
+    layers = [[_unpacked_bytes(group, itemsize) for group in block.groups()] for block in model.blocks()]
+    budget = parse_size(config.runtime.unpacked_memory) if on_cuda else 0
+    prefetch = config.runtime.prefetch and on_cuda
+    return divide(budget, layers, checkpointing=config.gradient_checkpointing, prefetch=prefetch)
+
+
+def _unpacked_bytes(group: Sequence[Linear], itemsize: int) -> int:
+    weights = sum(linear.in_features * linear.out_features for linear in group)
+    return itemsize * -(-weights // unpacked.ALIGNMENT) * unpacked.ALIGNMENT
+
+
+def use_memory(config: Config, model: Llama, device: torch.device, dtype: torch.dtype) -> str:
+    """Makes the copies, for this process; after the weights have their last place and value. Returns what was done."""
+    share = share_of(config, model, dtype.itemsize, on_cuda=device.type == "cuda")
+    if share is None:
+        return ""
+    if device.type != "cuda":
+        for name in (
+            about_unpacking(config.runtime) if config.runtime.device != "cpu" else ()
+        ):  # else the flags have said it
+            logger.warning("--runtime.%s has no effect: this run is on the CPU", name)
+        return ""
+    unpacked.configure(scratch_bytes=share.scratch, prefetch=config.runtime.prefetch)
+    for block in model.blocks()[len(model.layers) - share.num_copied :]:
+        for group in block.groups():
+            unpacked.keep(pack_of(group), dtype)
+    return share_text(share, len(model.layers))
+
+
+def share_text(share: Share, num_layers: int) -> str:
+    """The share as a line of the run's output."""
+    return (
+        f"buffer of {gib(share.scratch)}, copies of {share.num_copied} of {num_layers} layers {gib(share.copies)} "
+        f"({share.why})"
+    )
