@@ -46,6 +46,7 @@ BOUNDS: dict[str, Bound] = {
     "adapter.dropout": Bound(0, 1),
     "dataset.max_seq_len": Bound(16),
     "dataset.num_workers": Bound(0),
+    "runtime.few_rows": Bound(0, 65),
     "optim.batch_size": Bound(1),
     "optim.accum_iter": Bound(1),
     "optim.epochs": Bound(1),
@@ -106,7 +107,11 @@ def effectless(config: Config | EvalConfig) -> list[str]:
 
 def about_unpacking(runtime: Runtime) -> list[str]:
     """The settings that differ from their default and matter where quantised weights are unpacked on a GPU."""
-    asked = {"unpacked_memory": parse_size(runtime.unpacked_memory) > 0, "prefetch": runtime.prefetch}
+    asked = {
+        "unpacked_memory": parse_size(runtime.unpacked_memory) > 0,
+        "few_rows": runtime.few_rows is not None,
+        "prefetch": runtime.prefetch,
+    }
     return [name for name, on in asked.items() if on]
 
 

@@ -155,6 +155,8 @@ class Runtime:
     """CPU threads of torch. 0: torch's own choice."""
     unpacked_memory: str = "0"
     """GPU memory for 16-bit copies of quantized weights: 512MB, 4GB. 0: one buffer of the largest weights."""
+    few_rows: int | None = None
+    """Up to how many rows (64 at most) a product takes packed weights on a GPU as they are. None: the card's table."""
     prefetch: bool = False
     """Unpack the next quantized weights on a second stream while a product runs; takes a layer of 16-bit weights."""
 

@@ -26,6 +26,7 @@ from engine.checks import about_unpacking
 from engine.config import Config
 from engine.memory_size import gib, parse_size
 from kernels import unpacked
+from kernels.linear_nf4 import set_few_rows
 from models.language.llama import Llama
 from models.linear import Linear, pack_of
 
@@ -79,7 +80,8 @@ def _unpacked_bytes(group: Sequence[Linear], itemsize: int) -> int:
 
 
 def use_memory(config: Config, model: Llama, device: torch.device, dtype: torch.dtype) -> str:
-    """Makes the copies, for this process; after the weights have their last place and value. Returns what was done."""
+    """Makes the copies, for this process, and passes on the other settings of packed weights; after the weights have
+    their last place and value. Returns what was done."""
     share = share_of(config, model, dtype.itemsize, on_cuda=device.type == "cuda")
     if share is None:
         return ""
@@ -89,6 +91,7 @@ def use_memory(config: Config, model: Llama, device: torch.device, dtype: torch.
         ):  # else the flags have said it
             logger.warning("--runtime.%s has no effect: this run is on the CPU", name)
         return ""
+    set_few_rows(config.runtime.few_rows)
     unpacked.configure(scratch_bytes=share.scratch, prefetch=config.runtime.prefetch)
     for block in model.blocks()[len(model.layers) - share.num_copied :]:
         for group in block.groups():

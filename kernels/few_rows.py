@@ -93,7 +93,13 @@ def takes(weights: Sequence[Packed]) -> bool:
 
 
 def few_rows(x: Tensor, weights: Sequence[Packed], biases: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-    """The y_i [M, N_i] of x [M, K], unit last stride, and weights that `takes` accepts."""
+    """The y_i [M, N_i] of x [M, K], unit last stride, and weights that `takes` accepts.
+
+    Raises ValueError where a weight or a bias is on another device: csrc sees only addresses.
+    """
+    for each in (*weights, *biases):
+        if each is not None and each.device != x.device:
+            raise ValueError(f"x is on {x.device}, a weight or bias that it is multiplied by is on {each.device}")
     (tokens, columns), biases = x.shape, [None if bias is None else bias.contiguous() for bias in biases]
     eight = [q for q in weights if isinstance(q, Int8Tensor)]
     if eight:

@@ -18,8 +18,8 @@ weight that is written in place is unpacked again.
 Prefetch (on a GPU, off by default): the group that followed last time is unpacked on a second stream while the product
 with this one runs. What followed is remembered by the last two groups and by whether a backward pass is under way,
 which tells forward, recomputation and backward apart. The second stream waits for all that was launched before and
-writes beside this group, never over what a product may read; where the ring has no room for that, nothing is
-prefetched.
+writes beside this group, never over what a product may read; where the ring has no room for that, or the weights are
+not there (FSDP2 has not gathered them yet), nothing is prefetched.
 
 CUDA graphs: what is captured has a ring of its own, in the graph's memory, and goes by the order learned outside. Call
 `forget` as the last thing in a capture: it joins what the second stream still does.
@@ -74,6 +74,14 @@ class SecondStream(Protocol):
         """Launches `work`, which writes into `buffer`, to start after everything that was launched before."""
 
 
+class _CudaEvent:
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self.device, self.event = stream.device, stream.record_event()
+
+    def wait(self) -> None:
+        self.event.wait(torch.cuda.current_stream(self.device))  # its own default: that of the current device
+
+
 class _CudaStream:
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
@@ -83,8 +91,7 @@ class _CudaStream:
         buffer.record_stream(self.stream)  # freed, it is not given to others before the work is done
         with torch.cuda.stream(self.stream):
             work()
-            event: Event = self.stream.record_event()
-        return event
+            return _CudaEvent(self.stream)
 
 
 def _second_stream(device: torch.device) -> SecondStream | None:
@@ -188,7 +195,7 @@ class _Ring:
             return
         tensors = _tensors(following)
         key = _key(tensors, self.buffer.dtype)
-        if key in _kept or self.find(key, tensors):
+        if key in _kept or self.find(key, tensors) or not all(t.untyped_storage().nbytes() for t in tensors):
             return
         ahead = self.take(key, following, tensors, beside=current)
         if ahead is None:

@@ -42,7 +42,7 @@ class QuantizedWeight(nn.Module):
         """The weight for an op: the same object as long as the parameters are the same and nobody wrote to them, since
         kernels/unpacked.py knows a weight by its identity."""
         parameters = list(self._parameters.values())
-        version = sum(p._version for p in parameters if p is not None)
+        version = sum(p._version for p in parameters if p is not None and not p.is_inference())
         if self._packed is not None:
             seen, seen_version, packed = self._packed
             if version == seen_version and all(a is b for a, b in zip(seen, parameters, strict=True)):

@@ -100,6 +100,7 @@ def test_out_of_range_is_an_error_that_names_the_flag(path: str) -> None:
         ("--dataset.options AAB", "dataset.options is 'AAB'"),
         ("--model.delta d", "a delta without what it is added to"),
         ("--runtime.unpacked_memory 4", "runtime.unpacked_memory is '4'"),
+        ("--runtime.few_rows 65", "runtime.few_rows is 65"),
     ],
 )
 def test_what_cannot_work_is_an_error(line: str, message: str) -> None:
@@ -155,6 +156,7 @@ def test_an_evaluation_needs_exactly_one_thing_to_evaluate() -> None:
         ("--legacy.chat_length", "--legacy.chat_length has no effect without --dataset.format chat"),
         ("--bits 16bit --runtime.unpacked_memory 4GB", "--runtime.unpacked_memory has no effect with --bits 16bit"),
         ("--runtime.device cpu --runtime.unpacked_memory 1MB", "no effect with --runtime.device cpu"),
+        ("--runtime.device cpu --runtime.few_rows 0", "--runtime.few_rows has no effect with --runtime.device cpu"),
         ("--runtime.device cpu --runtime.prefetch", "--runtime.prefetch has no effect with --runtime.device cpu"),
     ],
 )

@@ -17,6 +17,7 @@ from engine.memory_size import parse_size
 from engine.plan import plan_without_weights
 from engine.unpacked_memory import divide, use_memory
 from kernels import unpacked
+from kernels.few_rows import most_few_rows, set_few_rows
 from models.linear import pack_of
 from models.placement import fill
 from models.vlm import VisionLanguageModel
@@ -34,6 +35,7 @@ def _own_memory() -> Iterator[None]:
     yield
     unpacked.configure()
     unpacked.release()
+    set_few_rows(None)
 
 
 @pytest.mark.parametrize(
@@ -166,6 +168,18 @@ def test_the_last_layers_are_copied() -> None:
             unpacked.weights(pack_of(group), torch.float32)
         found.append(unpacked.counters.hits - before)
     assert found == [0, 4, 4]
+
+
+def test_the_other_settings_are_passed_on() -> None:
+    model, config, x = packed_model(checkpointing=False).language, Config(), torch.zeros(1)
+    config.runtime.few_rows, config.runtime.prefetch = 3, True
+    text = use_memory(config, model, CUDA, torch.float32)
+    assert most_few_rows(x) == 3
+    assert unpacked._settings == unpacked._Settings(scratch_bytes=sum(GROUP_BYTES), prefetch=True)
+    assert "copies of 0 of 3 layers" in text
+    use_memory(Config(), model, CUDA, torch.float32)
+    assert most_few_rows(x) == 64
+    assert not unpacked._settings.prefetch
 
 
 def test_a_run_on_the_cpu_says_that_it_does_nothing(caplog: pytest.LogCaptureFixture) -> None:
