@@ -27,6 +27,7 @@ from torch import Tensor
 
 from benchmarks.lanes import Drawn, Lane, Program
 from benchmarks.problem import Mode, normal, seeded
+from kernels import unpacked
 
 PASS_SECONDS = 4e-4  # of a sample at least: events resolve half a microsecond
 MAX_SETS = 16
@@ -200,6 +201,7 @@ class Clock:
         return runner
 
     def _capture(self, function: Callable[[], object], after: torch.cuda.CUDAGraph | None) -> torch.cuda.CUDAGraph:
+        unpacked.forget()  # what another graph has unpacked is not there when this one runs
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=None if after is None else after.pool(), stream=self.stream):
             function()

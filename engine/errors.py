@@ -101,6 +101,7 @@ _LET_NIBBLE_CHOOSE = "--runtime.kernels auto, or NIBBLE_KERNELS=auto"
 # By class name: importing them here would import torch.
 _FROM_BELOW: dict[str, tuple[type[NibbleError], str]] = {
     "WeightsError": (CheckpointError, ""),
+    "NothingInstalled": (EnvironmentProblem, ""),  # a BackendError whose text says what to do
     "BackendError": (EnvironmentProblem, _LET_NIBBLE_CHOOSE),
     "OutOfMemoryError": (OutOfMemory, _USE_LESS),  # of a GPU
     "MemoryError": (OutOfMemory, _USE_LESS),

@@ -1,7 +1,8 @@
 """--runtime.unpacked_memory, prefetch: what a run does with memory for 16-bit copies of its quantised weights.
 
 An op unpacks the weights that it multiplies by, a group, into a buffer that all groups share: the memory of the largest
-group, which is always there; with prefetch, that of a layer, so that the next group has room beside the present one.
+group, which is always there (a quantised head is one too); with prefetch, that of a layer, so that the next group has
+room beside the present one.
 What is asked for beyond it buys, in this order:
 
     a scratch of one layer, with gradient checkpointing: a layer's backward follows its recomputation and finds the
@@ -43,15 +44,18 @@ class Share:
     why: str
 
 
-def divide(budget: int, layers: Sequence[Sequence[int]], *, checkpointing: bool, prefetch: bool) -> Share:
-    """Divides `budget` bytes; `layers` has, for each layer, the unpacked bytes of its groups.
+def divide(
+    budget: int, layers: Sequence[Sequence[int]], *, checkpointing: bool, prefetch: bool, head: int = 0
+) -> Share:
+    """Divides `budget` bytes; `layers` has, for each layer, the unpacked bytes of its groups, `head` are those of a
+    quantised head.
 
     scratch + copies is at most the budget, or else the largest group (with prefetch, the largest layer).
     """
-    sizes, largest = [sum(groups) for groups in layers], max(max(groups) for groups in layers)
-    if budget >= sum(sizes):
-        return Share(0, sum(sizes), len(sizes), f"all {len(sizes)} layers fit")
-    least = max(sizes) if prefetch else largest
+    sizes, largest = [sum(groups) for groups in layers], max(head, *(max(groups) for groups in layers))
+    if budget >= sum(sizes) + head:
+        return Share(head, sum(sizes), len(sizes), f"all {len(sizes)} layers fit")
+    least = max(head, *sizes) if prefetch else largest
     scratch = max(least, min(budget, max(sizes))) if checkpointing else least
     left, copied = budget - scratch, 0
     while sizes[-1 - copied] <= left:
@@ -69,9 +73,10 @@ def share_of(config: Config, model: Llama, itemsize: int, *, on_cuda: bool) -> S
     if BITS[config.bits] == 16:
         return None
     layers = [[_unpacked_bytes(group, itemsize) for group in block.groups()] for block in model.blocks()]
+    head = 0 if BITS[config.model.bits_head] == 16 else _unpacked_bytes((model.head,), itemsize)
     budget = parse_size(config.runtime.unpacked_memory) if on_cuda else 0
     prefetch = config.runtime.prefetch and on_cuda
-    return divide(budget, layers, checkpointing=config.gradient_checkpointing, prefetch=prefetch)
+    return divide(budget, layers, checkpointing=config.gradient_checkpointing, prefetch=prefetch, head=head)
 
 
 def _unpacked_bytes(group: Sequence[Linear], itemsize: int) -> int:

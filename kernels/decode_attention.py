@@ -114,7 +114,7 @@ def _outputs(q: Tensor, *_: object) -> Tensor:
 def decode_attention_(
     q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float
 ) -> Tensor:
-    """q, k, v with unit last stride, keys and values contiguous, all of one dtype -> out [B, H, d], contiguous."""
+    """q, k, v with unit last stride, keys, values, lengths contiguous; one dtype but for lengths -> out [B, H, d]."""
     out = _outputs(q)
     (batch, heads, head_dim), (_, places, groups, _) = q.shape, keys.shape
     config = launch("decode_attention", head_dim + (WIDEST if q.dtype == torch.float32 else 0), q)
@@ -131,15 +131,16 @@ def decode_attention(
 ) -> Tensor:
     """Writes k and v behind the first lengths[b] places of each sequence's cache and attends to all of them.
 
-    Shapes at the top; q, k, v any strides, keys and values contiguous and written in place, d <= 128, scale d^-0.5 by
-    default. lengths[b] < P is the caller's to see to. No gradients.
+    Shapes at the top; q, k, v, lengths of any strides, keys and values contiguous and written in place, d <= 128, scale
+    d^-0.5 by default. lengths[b] < P is the caller's to see to. No gradients.
     Raises ValueError where shapes or dtypes do not fit, or where a gradient is asked for.
     """
     _check(q, k, v, keys, values, lengths)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if choose("decode_attention", q, ("triton", "reference")) == "reference":
         return decode_attention_reference(q, k, v, keys, values, lengths, scale)
-    return decode_attention_(unit_stride(q), unit_stride(k), unit_stride(v), keys, values, lengths, scale)
+    q, k, v = (unit_stride(x) for x in (q, k, v))
+    return decode_attention_(q, k, v, keys, values, lengths.contiguous(), scale)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> None:

@@ -43,6 +43,10 @@ class BackendError(ValueError):
     """The backend that was chosen explicitly cannot run here."""
 
 
+class NothingInstalled(BackendError):
+    """No backend that `auto` takes is installed here; the text says what to install."""
+
+
 class Kernel(Protocol):
     """A function under @triton.jit, compiled or interpreted."""
 
@@ -90,7 +94,7 @@ def choose(
     `missing`: what an implementation needs and does not find on this machine, by backend. `why`: why the first is best.
     `install`: what to do where only the reference is left for a CUDA tensor, if it is no choice there (fp64 apart).
     Raises BackendError where the op has the backend that was chosen explicitly, but it cannot run on `x` here, and
-    where `install` is needed.
+    NothingInstalled where `install` is needed.
     """
     obstacles = {backend: (missing or {}).get(backend) or _obstacle(backend, x) for backend in available}
     wanted = _backend()
@@ -108,7 +112,7 @@ def choose(
             break
         reason = obstacles[backend]
     if backend == "reference" and install and x.is_cuda and x.dtype != torch.float64:
-        raise BackendError(f"{op}: {reason}; {install}")
+        raise NothingInstalled(f"{op}: {reason}; {install}")
     if why and backend == available[0]:
         reason = why
     elif backend != "reference" and (backend == available[0] or not (missing or {}).get(available[0])):

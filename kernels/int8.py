@@ -24,7 +24,7 @@ SMALLEST_SCALE = 1e-36  # 127 / scale overflows fp32 below 3.8e-37; the values o
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Int8Tensor:
-    """A weight in 8 bits. `dtype` is what `dequantize_int8` returns by default."""
+    """A weight in 8 bits. Both tensors are contiguous; `dtype` is what `dequantize_int8` returns by default."""
 
     codes: Tensor  # int8 [N, K], bitsandbytes' CB
     scale: Tensor  # fp32 [N], largest magnitude of each row, bitsandbytes' SCB
@@ -58,7 +58,7 @@ class Int8Tensor:
 
 @torch.no_grad()
 def quantize_int8(weight: Tensor, name: str = "") -> Int8Tensor:
-    """Quantize `weight` [N, K] (fp32, fp16 or bf16, finite) on its device, in fp32.
+    """Quantize `weight` [N, K] (fp32, fp16 or bf16, finite, any strides) on its device, in fp32.
 
     Raises ValueError for another dtype or rank, for an empty weight, and for the first non-finite value, which it
     reports by `name` and index.
@@ -75,8 +75,8 @@ def quantize_int8(weight: Tensor, name: str = "") -> Int8Tensor:
             f"{label}: value {weight[where[0], where[1]].item()} at {where}; int8 takes finite weights only"
         )
     factor = 127.0 / scale.clamp(min=SMALLEST_SCALE)
-    codes = (weight.float() * factor[:, None]).round_().to(torch.int8)
-    return Int8Tensor(codes=codes, scale=scale, dtype=weight.dtype)
+    codes = (weight.float() * factor[:, None]).round_().to(torch.int8)  # with the strides of the weight
+    return Int8Tensor(codes=codes.contiguous(), scale=scale, dtype=weight.dtype)
 
 
 @torch.no_grad()

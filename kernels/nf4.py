@@ -61,8 +61,8 @@ LEVELS = (
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class NF4Tensor:
-    """A weight in 4 bits, or some rows of one. All tensors lie on one device; `dtype` is what `dequantize_nf4` returns
-    by default."""
+    """A weight in 4 bits, or some rows of one. All tensors are contiguous and lie on one device; `dtype` is what
+    `dequantize_nf4` returns by default."""
 
     codes: Tensor  # uint8 [ceil(n / 2)], two weights a byte, the first in the high nibble
     absmax_codes: Tensor  # uint8 [blocks], blocks = ceil(n / 64)

@@ -42,7 +42,10 @@ def to_quant_state(q: NF4Tensor) -> tuple[Tensor, Any]:
 
 
 def from_quant_state(packed: Tensor, state: Any, name: str = "weight") -> NF4Tensor:
-    """The weight of bitsandbytes' (packed, QuantState), as views. Raises ValueError, with `name`, where it is none."""
+    """The weight of bitsandbytes' (packed, QuantState), as views where those are contiguous.
+
+    Raises ValueError, with `name`, where it is none.
+    """
     nested = state.state2
     return _checked(
         name, packed, state.absmax, quant_type=state.quant_type, blocksize=state.blocksize, shape=state.shape,
@@ -151,6 +154,6 @@ def _checked(
         if not torch.equal(table.cpu(), ours):
             raise ValueError(f"{name}: {what} is another table than bitsandbytes' own, which alone is accepted")
     return NF4Tensor(
-        codes=packed.contiguous().view(torch.uint8).view(-1), absmax_codes=absmax.view(-1), absmax2=absmax2.view(-1),
-        offset=offset.view(()), shape=(shape[0], shape[1]), dtype=dtype,
+        codes=packed.contiguous().view(torch.uint8).view(-1), absmax_codes=absmax.contiguous().view(-1),
+        absmax2=absmax2.contiguous().view(-1), offset=offset.view(()), shape=(shape[0], shape[1]), dtype=dtype,
     )  # fmt: skip

@@ -224,6 +224,9 @@ def configure(scratch_bytes: int = 0, prefetch: bool = False) -> None:
 def weights(group: Sequence[Packed], dtype: torch.dtype) -> tuple[Tensor, ...]:
     """The matrices [N_i, K] in `dtype` of a group of weights of equal K on one device, valid until the next call."""
     tensors = _tensors(group)
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:  # shapes only: nothing is unpacked
+        matrix = _empty(_rows(group) * group[0].shape[1], dtype, tensors[0].device).view(-1, group[0].shape[1])
+        return matrix.split([q.shape[0] for q in group])
     key = _key(tensors, dtype)
     if key in _kept and (kept := _kept_group(key, group, tensors)) is not None:
         return kept.split(group)

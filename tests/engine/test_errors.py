@@ -5,13 +5,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from engine import errors
-from kernels import dispatch
+from kernels import dequantize_nf4, dispatch, library
 
 
 def test_message_has_its_four_parts_and_leaves_out_empty_ones() -> None:
@@ -111,6 +113,25 @@ def test_a_backend_that_cannot_run_is_a_matter_of_the_machine(
         "error[environment]: op: backend 'triton' was chosen and cannot run (torch.float32 tensor on "
     )
     assert "do: --runtime.kernels auto" in told
+
+
+def test_what_must_be_installed_is_said_and_not_to_let_nibble_choose(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """4-bit weights on a GPU, with neither csrc nor bitsandbytes; here a stand-in for a tensor there."""
+    monkeypatch.setattr(dispatch, "_settings", {"backend": "auto"})
+    monkeypatch.setattr(library, "available_for", lambda _: "csrc is not built")
+    monkeypatch.setattr(dequantize_nf4, "_bitsandbytes", lambda: None)
+    x: Any = SimpleNamespace(is_cuda=True, dtype=torch.float16, device=torch.device("cuda", 0))
+
+    def main(argv: list[str]) -> int:
+        dequantize_nf4.backend_of(x)
+        return 0
+
+    assert errors.run_command(main, []) == 4
+    told = capsys.readouterr().err
+    assert told.startswith("error[environment]: dequantize_nf4: csrc is not built; bitsandbytes with CUDA is missing; ")
+    assert "build csrc (make, with nvcc) or install bitsandbytes" in told and "auto" not in told
 
 
 def test_debug_adds_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:

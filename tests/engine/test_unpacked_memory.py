@@ -92,6 +92,12 @@ def test_prefetch_takes_a_layer_in_any_case(checkpointing: bool) -> None:
         assert (share.scratch, share.num_copied) == (scratch, copied)
 
 
+def test_a_quantised_head_goes_through_the_buffer_too() -> None:
+    for budget, scratch, copied in ((0, 70, 0), (170, 70, 1), (469, 70, 3), (470, 70, 4)):
+        share = divide(budget, [LAYER] * 4, checkpointing=False, prefetch=False, head=70)
+        assert (share.scratch, share.num_copied) == (scratch, copied)
+
+
 def test_the_plan_counts_it() -> None:
     line = ["--model.language", os.devnull + "/7B", "--dataset.root", "d", "--gradient_checkpointing"]
     layer = 2 * (4 * 4096**2 + 3 * 4096 * 11008)
@@ -101,6 +107,7 @@ def test_the_plan_counts_it() -> None:
         (["--runtime.unpacked_memory", "13GB"], 0, 32),
         (["--runtime.unpacked_memory", "4GB", "--runtime.device", "cpu"], 4 * 2 * 4096 * 11008, 0),
         (["--runtime.prefetch"], layer, 0),
+        (["--model.bits_head", "4bit"], 2 * 32000 * 4096, 0),
     ):
         memory = plan_without_weights(parse_train([*line, *more])[0], 1).memory_bytes
         assert (memory["dequantisation buffer"], memory["unpacked copies"]) == (scratch, copied * layer)

@@ -71,6 +71,11 @@ def test_views_of_one_tensor(backend: str, device: torch.device) -> None:
     torch.testing.assert_close(out, v)  # nothing else is seen
 
 
+def test_lengths_may_lie_apart(backend: str, device: torch.device) -> None:
+    for lengths in (torch.tensor([3], device=device).expand(2), torch.tensor([3, 9, 1, 9], device=device)[::2]):
+        assert_accurate(drawn(2, 2, 2, 64, 5, torch.float32, device), lengths)
+
+
 def test_what_lies_behind_is_not_seen(backend: str, device: torch.device) -> None:
     tensors = drawn(1, 2, 2, 64, 40, torch.float32, device)
     lengths = torch.tensor([7], device=device)

@@ -138,6 +138,16 @@ def test_what_one_launch_takes(device: torch.device) -> None:
     assert not module.takes([four, eight])
 
 
+@KINDS
+def test_weights_and_biases_elsewhere_are_refused(kind: Kind, device: torch.device) -> None:
+    """A kernel would read their addresses on its own device."""
+    q, x = kind.draw(8, 64, torch.float16, device), torch.zeros(2, 64, dtype=torch.float16, device=device)
+    bias = torch.zeros(8, dtype=torch.float16, device="meta")
+    for weight, its_bias in ((q.to("meta"), None), (q, bias)):
+        with pytest.raises(ValueError, match=f"x is on {device}.*is on meta"):
+            kind.linear(x, weight, its_bias)
+
+
 def test_the_limit_is_the_cards_or_the_one_that_was_set() -> None:
     x = torch.empty(1)
     assert set(FEW_ROWS) == {80, 86, 89, 90, 120}

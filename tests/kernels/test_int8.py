@@ -44,6 +44,14 @@ def test_zero_and_denormal_rows_are_harmless() -> None:
     assert torch.allclose(dequantize_int8(q), weight, rtol=0.01, atol=1e-36)
 
 
+@pytest.mark.usefixtures("csrc")
+def test_strided_weight_equals_its_copy(device: torch.device) -> None:
+    weight = torch.randn(64, 40, device=device).T
+    q, copy = quantize_int8(weight), quantize_int8(weight.contiguous())
+    assert torch.equal(q.codes, copy.codes) and q.codes.is_contiguous()
+    assert torch.equal(dequantize_int8(q), dequantize_int8(copy))
+
+
 def test_size_and_device() -> None:
     q = quantize_int8(torch.randn(10, 30, dtype=torch.bfloat16))
     assert (q.nbytes, q.shape, q.dtype) == (10 * 30 + 40, (10, 30), torch.bfloat16)

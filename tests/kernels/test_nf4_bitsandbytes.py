@@ -60,6 +60,15 @@ def test_quant_state_both_ways(shape: tuple[int, int], dtype: torch.dtype) -> No
         assert torch.equal(got, value) if isinstance(value, Tensor) else (got == value), key
 
 
+def test_strided_tensors_become_contiguous() -> None:
+    """As a view of others' tensors may be; kernels go by addresses."""
+    packed, state = theirs(weight())
+    state.absmax, state.state2.absmax = (torch.stack((x, x), dim=-1)[:, 0] for x in (state.absmax, state.state2.absmax))
+    q = from_quant_state(packed, state)
+    assert all(getattr(q, part).is_contiguous() for part in PARTS)
+    assert_same_weight(q, quantize_nf4(weight()))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_files_both_ways(shape: tuple[int, int], dtype: torch.dtype, tmp_path: Path) -> None:

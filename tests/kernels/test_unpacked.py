@@ -7,11 +7,13 @@ import random
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from kernels import unpacked
@@ -243,6 +245,15 @@ def test_in_and_out_of_inference_mode() -> None:
         assert_right(weights(inside, DTYPE), inside, DTYPE)
 
 
+def test_fake_tensors_leave_no_trace() -> None:
+    """Whoever asks for shapes alone: real weights that were never unpacked are not there afterwards."""
+    first, second, x = square(), square(), torch.randn(70, 64)
+    for q in (first, second):  # without a buffer, and with one
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert linear_nf4(torch.empty(70, 64), q).shape == (70, 64)
+        assert torch.equal(linear_nf4(x, q), x @ dequantize_nf4(q).T)
+
+
 class Delayed:
     """A second stream at its slowest: what it is given is done when somebody waits for it, and not before."""
 
@@ -331,6 +342,46 @@ def test_prefetching_changes_no_value(seed: int, device: torch.device) -> None:
                 forget()
             assert_right(weights(groups[i], DTYPE), groups[i], DTYPE)
     assert counters.prefetched > 5
+
+
+@pytest.mark.usefixtures("second_stream")
+def test_weights_that_are_not_there_are_not_unpacked_ahead() -> None:
+    """FSDP2 frees the memory of a layer's weights under their tensors until it gathers them for the next use."""
+    chain = layers(1, 3)[0]
+    configure(scratch_bytes=2 * 64 * 64 * DTYPE.itemsize, prefetch=True)
+    dequantisations(chain)
+    forget()
+    absent = chain[1][0].codes  # type: ignore[union-attr]
+    saved = absent.clone()
+    absent.untyped_storage().resize_(0)
+    dequantisations(chain[:1])
+    assert counters.prefetched == 0
+    absent.untyped_storage().resize_(saved.nbytes)
+    absent.copy_(saved)
+    dequantisations(chain[1:])
+    assert counters.prefetched == 1
+
+
+def test_what_was_prefetched_is_waited_for_where_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On its own device, whatever the current one."""
+    waiting: list[object] = []
+    event = SimpleNamespace(wait=lambda stream=None: waiting.append(stream))
+    stream: Any = SimpleNamespace(device=torch.device("cuda", 1), record_event=lambda: event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"stream of {device}")
+    unpacked._CudaEvent(stream).wait()
+    assert waiting == ["stream of cuda:1"]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_prefetching_on_a_device_that_is_not_the_current_one() -> None:
+    device, dtype = torch.device("cuda", 1), torch.bfloat16
+    chain = [nf4(2048, 2048, dtype, device) for _ in range(6)]
+    configure(scratch_bytes=3 * 2048 * 2048 * dtype.itemsize, prefetch=True)
+    x = torch.randn(128, 2048, device=device, dtype=dtype)
+    for _ in range(20):
+        for q in chain:
+            assert torch.equal(linear_nf4(x, q), x @ dequantize_nf4(q).T)
+    assert counters.prefetched > 50
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -107,6 +107,15 @@ def test_casts_leave_the_scales_alone(bits: int) -> None:
         assert torch.equal(dense(module.packed()), expected)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_in_inference_mode(bits: int) -> None:
+    """Parameters that are made there have no version."""
+    with torch.inference_mode():
+        module = quantized(bits)
+        assert module.packed() is module.packed()
+    assert torch.equal(dense(module.packed()), dense(quantized(bits).packed()))
+
+
 def test_a_copy_has_its_own_memory() -> None:
     module = quantized(4)
     module.packed()
