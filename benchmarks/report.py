@@ -29,7 +29,7 @@ HEAD = """# Benchmarks
 
 Written by `python -m benchmarks.report` from the rows in `results/`; do not edit it.
 
-    python -m benchmarks.suite              GPU tests, kernels, steps; rows go to benchmarks/results
+    python -m benchmarks.suite              csrc, GPU tests, kernels, steps; rows go to benchmarks/results
     python -m benchmarks.suite --quick      the goals' cases only, within 8 minutes
     python -m benchmarks.rms_norm           one benchmark alone; --list shows its cases
     python -m benchmarks.report             this file again, with the new rows

@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, as one command: tests of the kernels, kernels beside their peers, whole steps.
+"""Everything that needs a GPU, as one command: csrc is built, kernels tested, timed beside their peers, whole steps.
 
     python -m benchmarks.suite [--quick] [--only NAME] [--list] [--output DIR]
 
@@ -25,7 +25,7 @@ KERNELS = (
     "adamw", "dequantize_nf4", "linear_nf4", "linear_nf4_chain", "linear_int8", "lora_linear",
 )  # fmt: skip
 BENCHES = (*KERNELS, "step", "decode")
-PARTS = ("tests", *BENCHES)
+PARTS = ("csrc", "tests", *BENCHES)
 TESTS = ("pytest", "-q", "tests/csrc", "tests/kernels")
 QUICK_SECONDS = 460.0  # of --quick in all: eight minutes, less what starting and stopping takes
 
@@ -69,6 +69,8 @@ def main(argv: list[str]) -> int:
 
 
 def _about(part: str) -> str:
+    if part == "csrc":
+        return "the CUDA library is built, where nvcc is and it is not up to date"
     if part == "tests":
         return "the kernels' tests on the GPU; with --quick or without pytest, the doctor's check of every kernel"
     first_line = bench(part).about.strip().splitlines()[0]
@@ -81,13 +83,11 @@ def _run(part: str, flags: list[str], deadline: float | None) -> Outcome:
     if left is not None and left <= 0:
         return Outcome(part, "not reached: the time of --quick is over", 0.0)
     words = [sys.executable, "-m", f"benchmarks.{part}", *flags]
-    if part == "tests":
+    if part == "csrc":
+        words = [sys.executable, "-m", "csrc.build", "--optional"]
+    elif part == "tests":
         in_full = deadline is None and importlib.util.find_spec("pytest") is not None
-        words = [
-            sys.executable,
-            "-m",
-            *(("pytest", "-q", "tests/csrc", "tests/kernels") if in_full else ("benchmarks.checks",)),
-        ]
+        words = [sys.executable, "-m", *(TESTS if in_full else ("benchmarks.checks",))]
     print(f"\n== {part}", flush=True)
     try:
         code = subprocess.run(words, cwd=ROOT, timeout=left, check=False).returncode

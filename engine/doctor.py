@@ -140,7 +140,6 @@ def packed_weights() -> Iterator[Finding]:
     """What does the 4-bit work on each kind of GPU, and why; without a GPU whether csrc's library is there."""
     import torch
 
-    from csrc.build import find_nvcc
     from kernels import library
     from kernels.dequantize_nf4 import backend_of
     from kernels.dispatch import BackendError
@@ -148,10 +147,8 @@ def packed_weights() -> Iterator[Finding]:
     found = library.found()
     there = f"{found[0]} ({found[1]})" if found else ""
     if not torch.cuda.is_available():
-        nvcc = find_nvcc()
-        do = "" if there else f"make, with {nvcc}" if nvcc else "make, where nvcc is"
-        text = there or "csrc is not built; a CPU does without"
-        yield Finding("device", "4-bit kernels", text, "ok" if there else "note", do)
+        text = there or f"a CPU does without; {library.missing()}"
+        yield Finding("device", "4-bit kernels", text, "ok" if there else "note")
         return
     kinds = {torch.cuda.get_device_capability(i): i for i in reversed(range(torch.cuda.device_count()))}
     for index in sorted(kinds.values()):
