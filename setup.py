@@ -41,7 +41,7 @@ class BuildLibrary(build_py):
         if self.editable_mode:
             sys.exit("error: nibble runs from its checkout, where `make` builds the library; `pip install .` copies it")
         try:
-            shutil.copy2(build(LIBRARY), PACKAGE)
+            shutil.copy(build(LIBRARY), PACKAGE)  # newer than what an earlier wheel left in build/
         except BuildError as error:
             sys.exit(f"error: {error}\nA wheel that was built elsewhere needs no nvcc: pip install nibble-*.whl")
         super().run()

@@ -1,7 +1,8 @@
 """Writing one token with the whole 7B model: NF4 layers with MMA adapters, a 16-bit head, `seen` tokens cached (G13).
 
-Least bytes: every weight of the layers and of the head once, and the cached keys and values. On an H200's 4.3 TB/s
-that is the limit of 1,332 tokens/s. The step is a CUDA graph where nothing in it waits for the device.
+Least bytes: every weight of the layers and of the head once, 3.6 GB, and the cached keys and values. The goal's limit,
+1,332 tokens/s, is that of the weights alone at an H200's nominal 4.8 TB/s, above what a copy reaches. The step is a
+CUDA graph where nothing in it waits for the device.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def problem(case: Case, device: torch.device) -> Problem:
         reference=reference,
         variants=(Variant("nibble", lambda: require_csrc(step)),),
         cost={"step": Cost(bytes=_weight_bytes(vlm) + _cached_bytes(vlm, batch, seen))},
-        tolerance=5e-2,  # a chain of some 300 16-bit results; the reference is 16-bit too
+        # the reference is 16-bit too; on a CPU a step in bf16 is 0.009 sqrt(layers) away from fp32, at a width of 1,024
+        tolerance=0.02 * layers**0.5,
     )
 
 

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import command
-from benchmarks.peers import bitsandbytes_linear, parts, whole
+from benchmarks.peers import bitsandbytes_linear, parts, require_csrc, whole
 from benchmarks.problem import Bench, Call, Case, Inputs, Problem, Variant, compiled, normal, products
+from kernels import unpacked
 from kernels.dequantize_nf4 import dequantize_nf4_reference
 from kernels.linear_nf4 import linear_nf4
 from kernels.lora_linear import lora_linear, lora_linears
@@ -53,6 +54,7 @@ def problem(case: Case, device: torch.device) -> Problem:
         return inputs[f"w{i}"] if bits == 16 else packed(inputs, i)
 
     def nibble(inputs: Inputs) -> tuple[Tensor, ...]:
+        unpacked.forget()  # a forward finds its weights packed
         a, b = ([inputs[f"{name}{i}"] for i in range(layers)] for name in ("a", "b"))
         weights = [weight(inputs, i) for i in range(layers)]
         if layers == 1:
@@ -94,11 +96,12 @@ def problem(case: Case, device: torch.device) -> Problem:
             prepare=bound,
         ),
     }
+    ours = Variant("nibble", lambda: nibble if bits == 16 else require_csrc(nibble))
     return Problem(
         draw=draw,
         differentiable=("x", *names),
         reference=reference,
-        variants=(Variant("nibble", lambda: nibble), Variant("torch", lambda: beside(product)), of_bits[bits]),
+        variants=(ours, Variant("torch", lambda: beside(product)), of_bits[bits]),
         cost=products(layers * tokens * k * (2 * k + 4 * rank), layers * tokens * k * (2 * k + 8 * rank)),
     )
 

@@ -110,13 +110,13 @@ def _median_ms(call: Callable[[], object], samples: int = 20) -> float:
     return statistics.median(start.elapsed_time(end) for start, end in events)
 
 
-def count_sets(bytes_of_set: int, seconds: float, variants: int) -> int:
+def count_sets(bytes_of_set: int, moved: int, seconds: float, variants: int) -> int:
     """Sets that outgrow the L2 cache three times and fill a sample, as far as memory goes: results and copies of each
-    variant take about twice the inputs."""
+    variant take about twice the inputs, the copy lane the bytes that a call must have `moved` (frozen weights too)."""
     wanted, room = PASS_SECONDS / max(seconds, 1e-9), math.inf
-    if bytes_of_set:
-        wanted = max(wanted, 3 * _l2_bytes() / bytes_of_set)
-        room = torch.cuda.mem_get_info()[0] / 2 / (bytes_of_set * (2 + 2 * variants))
+    if touched := max(bytes_of_set, moved):
+        wanted = max(wanted, 3 * _l2_bytes() / touched)
+        room = torch.cuda.mem_get_info()[0] / 2 / (bytes_of_set * (2 + 2 * variants) + moved)
     return max(1, int(min(math.ceil(wanted), MAX_SETS, room)))
 
 

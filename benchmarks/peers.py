@@ -29,8 +29,8 @@ def whole(inputs: dict[str, Any], rows: int, columns: int, suffix: str = "") -> 
 
 
 def require_csrc(call: Call) -> Call:
-    """`call` itself. Raises RuntimeError where csrc cannot serve a GPU, so that no peer's kernel is timed as ours."""
-    why = library.missing() if torch.cuda.is_available() else ""
+    """`call` itself. Raises RuntimeError where csrc cannot serve this GPU: no peer's kernel is timed as ours."""
+    why = library.available_for(torch.empty(0, device="cuda")) if torch.cuda.is_available() else ""
     if why:
         raise RuntimeError(f"csrc: {why}")
     return call
@@ -50,7 +50,7 @@ def bitsandbytes_dequantize(q: NF4Tensor) -> Callable[[], Tensor]:
 
 
 def unsloth_dequantize(q: NF4Tensor) -> Callable[[], Tensor]:
-    """Unsloth's three launches into a buffer that it reuses."""
+    """Unsloth's three launches, into a new tensor as the others'."""
     from unsloth.kernels.utils import fast_dequantize
 
     codes, state = to_quant_state(q)

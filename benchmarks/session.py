@@ -85,8 +85,9 @@ def device_is_lost() -> bool:
 def _sets(problem: Problem, case: Case, ceilings: Ceilings, variants: int, device: torch.device) -> int:
     if device.type != "cuda":
         return 2
-    seconds = [_least_seconds(problem.cost[mode], ceilings) for mode in case.modes]
-    return count_sets(sum(x.nbytes for x in draw(problem, 1, device)[0].tensors()), min(seconds), variants)
+    costs = [problem.cost[mode] for mode in case.modes]
+    seconds, moved = min(_least_seconds(cost, ceilings) for cost in costs), max(cost.bytes or 0 for cost in costs)
+    return count_sets(sum(x.nbytes for x in draw(problem, 1, device)[0].tensors()), moved, seconds, variants)
 
 
 def _least_seconds(cost: Cost, ceilings: Ceilings) -> float:

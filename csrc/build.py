@@ -170,8 +170,10 @@ def _build(
     out: Path, about: Built, jobs: int, folder: Path, compile_: list[str], link: list[str], to_linker: str
 ) -> Path:
     """Each .cu file by itself, all at once; then one library beside `out`, which takes its place."""
+    if _serves(built(out), about):
+        return out  # nothing is written: the checkout may be somebody else's
     out.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(out), TemporaryDirectory(dir=out.parent, prefix=".building-") as temporary:
+    with _locked(out), TemporaryDirectory(dir=out.parent.resolve(), prefix=".building-") as temporary:
         if _serves(built(out), about):
             return out
         there = Path(temporary)
@@ -186,7 +188,8 @@ def _build(
         with ThreadPoolExecutor(jobs) as pool:
             list(pool.map(_run, lines))
         new = there / out.name
-        _run([*link, f"{to_linker}--version-script={there / 'exports'}", "-o", str(new), *objects])
+        # a name without a folder: nvcc and the compilers take what goes to the linker apart at commas and blanks
+        _run([*link, f"{to_linker}--version-script=exports", "-o", str(new), *objects], cwd=there)
         new.replace(out)
     return out
 
@@ -203,10 +206,10 @@ def _locked(out: Path) -> Iterator[None]:
         yield
 
 
-def _run(words: Sequence[str | Path]) -> str:
+def _run(words: Sequence[str | Path], cwd: Path | None = None) -> str:
     """What a compiler prints. Raises BuildError with all of it where it fails."""
     try:
-        done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        done = subprocess.run(words, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     except OSError as error:
         raise BuildError(f"{words[0]} does not start: {error}") from error
     if done.returncode:

@@ -13,12 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import lanes, lengths, suite
+from benchmarks import lanes, lengths, peers, suite
+from benchmarks import measure as clock
 from benchmarks.lanes import Lane, Program, Wrong
 from benchmarks.measure import Timing, restorer
 from benchmarks.problem import Bench, Case, Inputs, Mode, Problem, Variant, normal, passes
 from benchmarks.rows import MODES, Row, parse
 from benchmarks.session import measure
+from kernels import library, unpacked
 from tests.benchmarks.made_up import ORIGIN
 
 CPU = torch.device("cpu")
@@ -182,6 +184,41 @@ def test_restoring_gives_every_tensor_its_first_value() -> None:
     assert [drawn.inputs["x"].tolist() for drawn in sets] == [[0.0, 0.0], [1.0, 1.0]]
     assert own[0].inputs["padded"].tolist() == [0.0] * 4
     assert frozen.tolist() == [11.0] * 3  # shared: a weight, which nobody changes
+
+
+def test_sets_outgrow_the_cache_and_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    mb, gb = 10**6, 10**9
+    monkeypatch.setattr(clock, "_l2_bytes", lambda: 50 * mb)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (20 * gb, 24 * gb))
+    assert clock.count_sets(25 * mb, 0, 1e-3, 3) == 6
+    assert clock.count_sets(9 * mb, 9 * mb, 2e-6, 3) == clock.MAX_SETS
+    assert clock.count_sets(25 * mb, 25 * mb, 1e-4, 3) == 6
+    # all of a model's weights, with a token as input: a call sweeps the cache, and each set's copy is as large
+    assert clock.count_sets(16, 4 * gb, 1e-3, 1) == 1
+    assert clock.count_sets(16, 4 * gb, 1e-6, 1) == 2
+
+
+def test_a_layer_does_not_find_what_its_own_backward_unpacked() -> None:
+    problem = suite.bench("step").problem(tiny(suite.bench("step"))[0], CPU)
+    (drawn,) = lanes.draw(problem, 1, CPU)
+    lane = Lane(problem.variants[0], problem.variants[0].build(), [drawn], None)
+    spent = []
+    for _ in range(2):
+        before = unpacked.counters.dequantisations
+        Program(lane, "full", [drawn]).timed()
+        spent.append(unpacked.counters.dequantisations - before)
+    assert spent[0] == spent[1] > 0
+
+
+def test_no_peers_kernel_is_timed_as_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where csrc was built for other cards, too."""
+    empty = torch.empty(0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: empty)
+    monkeypatch.setattr(library, "missing", lambda: "")
+    monkeypatch.setattr(library, "available_for", lambda _: "this GPU is sm_75")
+    with pytest.raises(RuntimeError, match="csrc: this GPU is sm_75"):
+        peers.require_csrc(double)
 
 
 def test_the_error_is_relative_and_never_nan() -> None:

@@ -90,6 +90,14 @@ def test_a_library_says_what_it_is_and_exports_its_interface(nvcc: Path, sources
     assert sorted(path.name for path in out.parent.iterdir()) == ["lib.lock", "lib.so"]
 
 
+def test_a_folder_may_have_any_name(nvcc: Path, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script of exports goes to the linker through nvcc, which takes what is for it apart."""
+    out = build.build(tmp_path / "one, two/lib.so", folder=sources)
+    assert "-Xlinker=--version-script=exports" in calls(nvcc)[-1].split()
+    monkeypatch.chdir(tmp_path)
+    assert build.build_emulated(Path("three, four/lib.so"), sources).exists() and out.exists()
+
+
 def test_every_card_and_ptx_of_the_newest_are_asked_for(nvcc: Path, sources: Path, tmp_path: Path) -> None:
     build.build(tmp_path / "lib.so", folder=sources)
     asked = [set(re.findall(r",code=(\w+)", line)) for line in calls(nvcc)]
@@ -116,6 +124,20 @@ def test_it_is_built_again_only_for_other_sources_or_more_cards(nvcc: Path, sour
     assert compilations(80) == 0
     out.write_bytes(b"not a library")
     assert compilations(80) == 3
+
+
+def test_what_is_up_to_date_needs_no_permission_to_write(
+    nvcc: Path, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = build.build(tmp_path / "lib.so", folder=sources)
+
+    def refuse(_: Path) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(build, "_locked", refuse)
+    assert build.build(out, folder=sources) == out
+    with pytest.raises(PermissionError):
+        build.build(tmp_path / "other.so", folder=sources)
 
 
 def test_the_hash_is_of_names_and_contents(sources: Path) -> None:
@@ -232,7 +254,7 @@ def test_a_wrong_flag_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> No
 def copied_tree(folder: Path) -> Path:
     """What a wheel is made of, and what must not get into it."""
     folder.mkdir()
-    for path in [ROOT / name for name in ("setup.py", "pyproject.toml", "CHANGELOG.md", "LICENSE")]:
+    for path in [ROOT / name for name in ("setup.py", "MANIFEST.in", "pyproject.toml", "CHANGELOG.md", "LICENSE")]:
         shutil.copy2(path, folder / path.name)
     for package in ("csrc", "kernels"):
         shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -259,7 +281,7 @@ def test_the_wheel_has_the_library_and_nothing_else(nvcc: Path, tmp_path: Path) 
         (about,) = (archive.read(name).decode() for name in archive.namelist() if name.endswith("/WHEEL"))
     assert "Root-Is-Purelib: false" in about
     assert sorted(path.name for path in tree.iterdir() if path.name not in ("build", "csrc", "kernels")) == [
-        "CHANGELOG.md", "LICENSE", "pyproject.toml", "setup.py",
+        "CHANGELOG.md", "LICENSE", "MANIFEST.in", "pyproject.toml", "setup.py",
     ]  # fmt: skip
 
     installed = tmp_path / "site"
@@ -272,6 +294,17 @@ def test_the_wheel_has_the_library_and_nothing_else(nvcc: Path, tmp_path: Path) 
     environment |= {"PYTHONPATH": f"{tree}:{installed}", "PATH": "/usr/bin:/bin"}
     done = subprocess.run(line, cwd=tree, env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.split() == [str(installed / "nibble_csrc/libnibble.so")], done.stdout + done.stderr
+
+
+def test_a_source_distribution_has_what_the_wheel_is_made_of(nvcc: Path, tmp_path: Path) -> None:
+    pytest.importorskip("setuptools", "70.1")
+    tree = copied_tree(tmp_path / "tree")
+    line = [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path / "dist")]
+    done = subprocess.run(line, cwd=tree, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (archive,) = (tmp_path / "dist").iterdir()
+    done = pip("wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path / "wheels", archive)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_wheel_without_nvcc_says_what_to_do(tmp_path: Path) -> None:
