@@ -138,15 +138,7 @@ int run(const nibble_nf4* weights, int count, int64_t columns, void* out, void* 
 
 extern "C" int nibble_dequantize_nf4(const nibble_nf4* parts, int count, int64_t columns, void* out, int dtype,
                                      void* stream) {
-    if (count < 1 || count > NIBBLE_MAX_PARTS) return NIBBLE_BAD_COUNT;
-    if (columns < 0) return NIBBLE_BAD_SHAPE;
-    switch (dtype) {
-        case NIBBLE_FP32:
-            return nibble::run<nibble::fp32>(parts, count, columns, out, stream);
-        case NIBBLE_FP16:
-            return nibble::run<nibble::fp16>(parts, count, columns, out, stream);
-        case NIBBLE_BF16:
-            return nibble::run<nibble::bf16>(parts, count, columns, out, stream);
-    }
-    return NIBBLE_BAD_DTYPE;
+    return nibble::in_dtype(count, columns, dtype, [&](auto tag) {
+        return nibble::run<decltype(tag)>(parts, count, columns, out, stream);
+    });
 }

@@ -115,7 +115,7 @@ def test_recomputation_and_backward_share_what_fits(room: int, each: int) -> Non
 
 
 def test_checkpointed_layers_share(device: torch.device) -> None:
-    """Through autograd: forward 12, recomputation 8 (the last layer's are still there), backward none."""
+    """Through autograd, nothing left from the forward: recomputation unpacks each of 12 once, and the backward none."""
     configure(scratch_bytes=4 * 64 * 64 * DTYPE.itemsize)
     model = [[square(device=device) for _ in range(4)] for _ in range(3)]
 
