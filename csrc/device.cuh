@@ -153,7 +153,6 @@ __device__ __forceinline__ float widen<bf16>(uint16_t bits) {
 __device__ __forceinline__ float add_rn(float a, float b) { return __fadd_rn(a, b); }
 __device__ __forceinline__ float mul_rn(float a, float b) { return __fmul_rn(a, b); }
 
-__device__ __forceinline__ uint32_t float_bits(float value) { return __float_as_uint(value); }
 __device__ __forceinline__ float bits_float(uint32_t bits) { return __uint_as_float(bits); }
 
 // prmt: byte i of the result is byte (selector >> 4i & 7) of the 8 bytes {high, low}.

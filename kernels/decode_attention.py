@@ -4,12 +4,12 @@
     out[b, h] = sum_(s <= n) p[s] values[b, s, g],  p = softmax_s(scale q[b, h] . keys[b, s, g]),  g = h // (H / G)
 
 q, out [B, H, d], k, v [B, G, d], keys, values [B, P, G, d], lengths int64 [B] on the device: the host need not know
-them, so a step of decoding can be a CUDA graph. One launch in place of some ten (two scattered writes, a mask, a padded
-attention), which is what a step of decoding consists of besides its products.
+them, so a step of decoding can be a CUDA graph. One launch in place of two scattered writes, a mask and a
+padded attention, each in every layer of a step.
 
 A program has one head of one sequence; softmax is taken online over tiles of ROWS places, in fp32. Bytes: the cache's
 first n places once (by every query head of their group, from the L2 cache after the first), q, k, v, out once.
-Prediction: some 2 us at 256 places; one sequence of thousands leaves most of a large card idle, since its places are
+Prediction: 2 to 4 us at 256 places; one sequence of thousands leaves most of a large card idle, since its places are
 not divided among programs.
 """
 

@@ -32,7 +32,7 @@ from csrc import build
 from kernels import dispatch
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-MAX_PARTS, MAX_TOKENS = 4, 64
+MAX_PARTS = 4
 
 
 class NF4(ctypes.Structure):
