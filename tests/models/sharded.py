@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -122,6 +123,9 @@ def main(folder: Path, rank: int) -> None:
         if rank == 0:
             save_file(result, folder / f"{way}.safetensors")
     dist.destroy_process_group()
+    # Gloo's own threads may be letting go of a gathered tensor, FSDP keeps their group alive, and a thread that asks for
+    # the GIL of an interpreter that is ending aborts the process.
+    os._exit(0)
 
 
 if __name__ == "__main__":
