@@ -123,8 +123,8 @@ def main(folder: Path, rank: int) -> None:
         if rank == 0:
             save_file(result, folder / f"{way}.safetensors")
     dist.destroy_process_group()
-    # Gloo's own threads may be letting go of a gathered tensor, FSDP keeps their group alive, and a thread that asks for
-    # the GIL of an interpreter that is ending aborts the process.
+    # FSDP keeps the group alive, so gloo's own threads may be letting go of a gathered tensor, and a thread that asks
+    # for the GIL of an interpreter that is ending aborts the process.
     os._exit(0)
 
 
