@@ -142,12 +142,19 @@ def test_random_shapes(triton_backend: None, dtype: torch.dtype, device: torch.d
 
     for i in range(RANDOM_SHAPES):
         tokens, width = (2048, 4096) if torch.cuda.is_available() else (40, 64)
-        outs = [1 + below(width) for _ in range(1 + below(3))]
+        # of a db with a few values the largest error is chance, and torch's own changes with where its tensors lie
+        outs = [16 + below(width) for _ in range(1 + below(3))]
         rank = (4, 8, 12, 16, 32, 64, 128)[below(7)]
         dropout = (0.05, 0.5, 0.0)[i % 3]
         parameters = torch.float32 if below(2) else dtype
         shape = 16 + below(tokens), 1 + below(width), outs, rank
         assert_accurate(case(*shape, dtype, device, dropout=dropout, parameters=parameters))
+
+
+def test_a_single_channel_out(triton_backend: None, device: torch.device) -> None:
+    c = case(33, 50, (1, 3), 8, torch.float32, device)
+    for mine, exact in zip(results(ours, c), results(eager, c.double()), strict=True):
+        torch.testing.assert_close(mine.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
