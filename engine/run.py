@@ -101,6 +101,7 @@ def _record_error(rundir: RunDir, me: Ranks, error: BaseException) -> None:
 
 
 def _set_runtime(config: Config) -> None:
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # else a product on a CPU depends on where its tensors lie
     if config.runtime.kernels != "auto":  # else NIBBLE_KERNELS may say
         set_backend(config.runtime.kernels)
     if config.runtime.threads:
