@@ -17,8 +17,11 @@ demo: $(VENV)/.runtime
 	$(BIN)/torchrun train.py --bits 4bit
 	$(BIN)/python -m scripts.demo_answer --run runs/demo
 
+# A file's tests stay in one process, so that its fixtures are made once; the files with the longest come early.
+# Plain `pytest` runs them all in one process, and so does WORKERS=0.
+WORKERS ?= 2
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

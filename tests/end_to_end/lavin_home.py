@@ -18,7 +18,7 @@ from models.weights.names import language_shapes
 from tests.world import COLORS, TOWER, language_config, make_scienceqa, make_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
-NUM_TRAIN, NUM_TEST, NUM_CHAT = 64, 12, 96  # two of LaVIN's steps of 32 an epoch, and three of chat
+NUM_TRAIN, NUM_TEST, NUM_CHAT = 32, 12, 64  # one of LaVIN's steps of 32 an epoch, and two of chat
 SPLIT_COLUMNS = ("tok_embeddings.weight", "attention.wo.weight", "feed_forward.w2.weight")
 
 
