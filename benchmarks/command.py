@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import QUICK, Clock, Effort, ceilings, reason
-from benchmarks.problem import Bench, Case
+from benchmarks.problem import Bench, Case, Yardstick
 from benchmarks.rows import Origin, Recorder, Row
 from benchmarks.session import describe, device_is_lost, measure
 
@@ -28,7 +28,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", help="go on with the run of this name (the suite does)")
 
 
-def main(bench: Bench, argv: list[str]) -> int:
+def main(bench: Bench | Yardstick, argv: list[str]) -> int:
     """Measures the cases of one benchmark. Returns 0; 1 where ours failed or is wrong; 4 without a CUDA GPU."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{bench.name}", description=bench.about)
     add_flags(parser)
@@ -42,7 +42,7 @@ def main(bench: Bench, argv: list[str]) -> int:
     origin = describe(ceilings(), flags.commit, flags.run)
     print(f"{origin.gpu}: copy {origin.copy_gbps:.0f} GB/s, matrix product {origin.matrix_tflops:.0f} TFLOP/s")
     recorder = Recorder(flags.output, origin.run)
-    clock = Clock(QUICK if flags.quick else Effort())
+    clock = None if isinstance(bench, Yardstick) else Clock(QUICK if flags.quick else Effort())
     ours_failed = False
     for case in cases:
         for row in _rows(bench, case, clock, origin, flags.quick):
@@ -60,9 +60,14 @@ def require_gpu() -> None:
         raise SystemExit(NO_GPU)
 
 
-def _rows(bench: Bench, case: Case, clock: Clock, origin: Origin, quick: bool) -> Iterator[Row]:
+def _rows(bench: Bench | Yardstick, case: Case, clock: Clock | None, origin: Origin, quick: bool) -> Iterator[Row]:
+    device = torch.device("cuda")
     try:
-        yield from measure(bench, case, torch.device("cuda"), clock, origin, quick=quick)
+        if isinstance(bench, Yardstick):
+            yield from bench.rows(case, device, origin, quick)
+        else:
+            assert clock is not None
+            yield from measure(bench, case, device, clock, origin, quick=quick)
     except Exception as error:  # no memory for the inputs, a reference that fails: the next case may do
         if device_is_lost():
             print(f"{case.name}: the device does not answer any more, the rest is not measured: {reason(error)}")
@@ -82,4 +87,6 @@ def as_text(row: Row) -> str:
     share = "" if row.fraction is None else f"{row.fraction:6.1%}"
     spread = f"[{row.ms_q20:.4f}, {row.ms_q80:.4f}]"
     error = "" if row.error is None else f"error {row.error:.1e}"
+    if row.samples_per_s is not None:
+        error = f"{row.samples_per_s:.2f} samples/s, {(row.allocated_bytes or 0) / 2**30:.2f} GiB {error}"
     return f"{head} {row.mode:<9} {row.ms:9.4f} ms {spread} {rate} {share}  {error}"

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.conditions import Condition, Goal
 from benchmarks.rows import case_name
 
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
+STEP, FULL = 32, 28  # samples of a step, those that fill a pack of 8,192 tokens
 
 
 def grid(**axes: Iterable[object]) -> tuple[str, ...]:
@@ -61,6 +62,7 @@ MANY_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 
 TWENTY = grid(M=MANY_SIZES, N=(4096,), K=(4096,), parts=(1,))
 DECODE = grid(model=("7B",), layers=(32,), B=(1,), seen=(256,))
 NF4 = tuple(case_name({"N": n, "K": k}) for n, k in ((4096, 4096), (11008, 4096), (4096, 11008), (13824, 5120)))
+PACKING = grid(model=("7B",), T=(2048, 4096, 8192))
 
 
 def linears(*tokens: int) -> tuple[str, ...]:
@@ -75,6 +77,28 @@ def overlapped(tokens: int, bound: float) -> Condition:
 
 def layer(tokens: int) -> tuple[str, ...]:
     return grid(part=("layer",), model=("7B",), layers=(1,), T=(tokens,))
+
+
+def whole(model: str, tokens: int, *, policy: str = "auto", cap: int = 0) -> str:
+    """Steps of the whole model at packs of so many tokens."""
+    samples = FULL if tokens == 8192 else STEP
+    return case_name({"model": model, "T": tokens, "samples": samples, "policy": policy, "cap": cap})
+
+
+def one(model: str, tokens: int, *, cap: int = 0) -> str:
+    """A single sample of so many tokens, recomputed."""
+    return case_name({"model": model, "T": tokens, "samples": 1, "policy": "keep_input", "cap": cap})
+
+
+def end_to_end(
+    label: str, field: str, cases: str | tuple[str, ...], sense: Literal[">=", "<="], bound: float, unit: float = 1.0
+) -> Condition:
+    names = (cases,) if isinstance(cases, str) else cases
+    return Condition(label, "end_to_end", "step", names, sense, bound, field=field, unit=unit)
+
+
+def curves(dropout: float) -> tuple[str, ...]:
+    return grid(model=("7B",), layers=(4,), T=(2048,), steps=(60,), dropout=(dropout,))
 
 
 def largest(cases: tuple[str, ...]) -> tuple[str, ...]:
@@ -242,44 +266,86 @@ GOALS = (
         "G15",
         "end to end 7B at 8k-token packs: MFU4 >= 60 % of the measured matrix rate; >= 3x HF + PEFT + bitsandbytes + "
         "checkpointing, >= 1.4x HF + Liger + bitsandbytes",
-        also="MFU4 of the matrix rate >= 0.60; times as fast as HF + PEFT + bitsandbytes + "
-        "checkpointing >= 3, as HF + Liger + bitsandbytes >= 1.4",
-        needs="a benchmark of the whole 7B model beside these trainers",
+        (
+            of_rate("end_to_end", "step", (whole("7B", 8192),), 0.60, "MFU4"),
+            faster("end_to_end", "step", (whole("7B", 8192),), "hf_peft", 3.0, "HF + PEFT + bitsandbytes"),
+            faster("end_to_end", "step", (whole("7B", 8192),), "hf_liger", 1.4, "HF + Liger + bitsandbytes"),
+        ),
     ),
     Goal(
         "G16",
         "ScienceQA-shaped data: >= 4x a faithful LaVIN-lite loop (micro-batch 1, padded to 512, NF4, checkpointing) "
         "and >= 0.70 of the sum of roofs: >= 54 samples/s (7B), >= 29 (13B) on an H200",
-        also="times as fast as LaVIN-lite's loop >= 4; of the sum of roofs >= 0.70; samples/s >= 54 (7B), >= 29 (13B)",
-        needs="a benchmark of the whole model beside LaVIN's loop",
+        (
+            faster(
+                "end_to_end", "step", (whole("7B", 8192), whole("13B", 8192)), "lavin_lite", 4.0, "LaVIN-lite's loop"
+            ),
+            end_to_end("7B, samples/s", "samples_per_s", whole("7B", 8192), ">=", 54.0),
+            end_to_end("13B, samples/s", "samples_per_s", whole("13B", 8192), ">=", 29.0),
+        ),
     ),
     Goal(
         "G17",
         "peak memory <= 1.10x the computed floor: 7B <= 5.0 GiB and 13B <= 8.5 GiB at 1 x 512 with checkpointing "
         "(LaVIN 9 and 14); 13B at 2,048 tokens without recomputation under a 24 GB cap; >= 1.2x Unsloth's published "
         "78k tokens under a 24 GB cap",
-        also="of the computed floor <= 1.10; GiB at 1 x 512 <= 5.0 (7B), <= 8.5 (13B); 13B at 2,048 tokens within "
-        "24 GB; of Unsloth's 78k tokens within 24 GB >= 1.2",
-        needs="a benchmark of the whole model's memory",
+        (
+            end_to_end("7B, GiB at 1 x 512", "allocated_bytes", one("7B", 512), "<=", 5.0, unit=GIB),
+            end_to_end("13B, GiB at 1 x 512", "allocated_bytes", one("13B", 512), "<=", 8.5, unit=GIB),
+            end_to_end(
+                "13B, GB at 2,048 tokens without recomputation",
+                "allocated_bytes",
+                whole("13B", 2048, policy="save_all", cap=24),
+                "<=",
+                24.0,
+                unit=1e9,
+            ),
+            end_to_end(
+                "Llama-3.1-8B, GB at 93.7k tokens", "allocated_bytes", one("8B", 93_696, cap=24), "<=", 24.0, unit=1e9
+            ),
+        ),
     ),
     Goal(
         "G18",
         "GPU idle <= 2 % of a step at packs of 512 to 2,048 tokens (CUDA graph), <= 1 host sync an optimiser step",
-        also="idle share of a step <= 0.02; host syncs a step <= 1",
-        needs="a profile of whole steps",
+        (
+            end_to_end("idle share of a step", "idle", (whole("7B", 512), whole("7B", 2048)), "<=", 0.02),
+            end_to_end("host syncs a step", "syncs", (whole("7B", 512), whole("7B", 2048)), "<=", 1.0),
+        ),
     ),
     Goal(
         "G19",
         "packing efficiency >= 98 % of the token budget, mask-exact against the unpacked loss (relative difference <= "
         "1e-3 in bf16)",
-        also="tokens of the budget >= 0.98; relative difference of the loss <= 0.001",
-        needs="a benchmark of packing",
+        (
+            Condition("tokens of those computed", "packing", "step", PACKING, ">=", 0.98, field="efficiency"),
+            Condition("relative difference of the loss", "packing", "step", PACKING, "<=", 1e-3, field="error"),
+        ),
     ),
     Goal(
         "G20",
         "parity: the loss curve of 50 to 200 steps within run-to-run noise of plain PyTorch + bitsandbytes, same seeds",
-        also="loss curve within run-to-run noise",
-        needs="training runs beside plain PyTorch",
+        (
+            Condition(
+                "distance from plain runs, of the standard deviation between them",
+                "parity",
+                "step",
+                curves(dropout=0.1),
+                "<=",
+                2.0,
+                field="error",
+                peer="noise",
+            ),
+            Condition(
+                "distance without dropout, of the mean loss",
+                "parity",
+                "step",
+                curves(dropout=0.0),
+                "<=",
+                5e-3,
+                field="error",
+            ),
+        ),
     ),
     Goal(
         "G21",

@@ -8,6 +8,7 @@ is 286). The draw is seeded: every run sees the same lengths.
 from __future__ import annotations
 
 import math
+import statistics
 
 import numpy as np
 
@@ -20,6 +21,15 @@ SIGMA = math.log(P90 / MEDIAN) / 1.2816  # the normal distribution's 90th percen
 def sample_lengths(count: int, seed: int = 0) -> list[int]:
     drawn = np.random.default_rng(seed).lognormal(math.log(MEDIAN), SIGMA, count)
     return [int(length) for length in np.clip(drawn, SHORTEST, LONGEST)]
+
+
+def stratified(count: int, seed: int = 0) -> list[int]:
+    """One length from each of `count` equal parts of the distribution, shuffled: any step has its mean and its tail.
+    A sample's modality token, which ScienceQA's figures count, is not in it."""
+    normal = statistics.NormalDist(math.log(MEDIAN), SIGMA)
+    drawn = [math.exp(normal.inv_cdf((i + 0.5) / count)) for i in range(count)]
+    lengths = [int(length) - 1 for length in np.clip(drawn, SHORTEST, LONGEST)]
+    return [lengths[i] for i in np.random.default_rng(seed).permutation(count)]
 
 
 def pack(tokens: int) -> list[int]:

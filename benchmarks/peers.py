@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from benchmarks.problem import Call
 from kernels import library
 from kernels.nf4 import NF4Tensor
 from kernels.nf4_bitsandbytes import to_quant_state
 
+T = TypeVar("T")
 PARTS = ("codes", "absmax_codes", "absmax2", "offset")
 
 
@@ -28,8 +28,9 @@ def whole(inputs: dict[str, Any], rows: int, columns: int, suffix: str = "") -> 
     return NF4Tensor(**tensors, shape=(rows, columns), dtype=torch.bfloat16)
 
 
-def require_csrc(call: Call) -> Call:
-    """`call` itself. Raises RuntimeError where csrc cannot serve this GPU: no peer's kernel is timed as ours."""
+def require_csrc(call: T) -> T:
+    """`call` itself, or what else ours consists of. Raises RuntimeError where csrc cannot serve this GPU: no peer's
+    kernel is timed as ours."""
     why = library.available_for(torch.empty(0, device="cuda")) if torch.cuda.is_available() else ""
     if why:
         raise RuntimeError(f"csrc: {why}")

@@ -2,6 +2,7 @@
 
     Bench      cases() needs no GPU; problem(case, device) draws tensors and names the variants
     Variant    one implementation: `build` imports and compiles it, what it returns is called and timed
+    Yardstick  a benchmark of whole optimiser steps, which makes its rows itself
 
 A variant is a function of the inputs to a tuple of results; its backward is autograd's, for random gradients of the
 results that are the same for all variants. Every variant is checked against the fp32 reference before it is timed.
@@ -10,14 +11,14 @@ results that are the same for all variants. Every variant is checked against the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from benchmarks.rows import case_name
+from benchmarks.rows import Origin, Row, case_name
 
 Mode = Literal["forward", "backward", "full", "step"]  # full: forward and backward; step: what has no backward to it
 Inputs = dict[str, Any]
@@ -95,6 +96,18 @@ class Bench:
     cases: Callable[[], list[Case]]
     problem: Callable[[Case, torch.device], Problem]
     tiny: Mapping[str, Any]  # sizes at which a CPU can run any case: replaces entries of a case's shape
+
+
+@dataclass(frozen=True, slots=True)
+class Yardstick:
+    """One module of benchmarks/ that measures whole steps: its cases make their rows themselves, in mode "step"."""
+
+    name: str
+    about: str
+    cases: Callable[[], list[Case]]
+    variants: Callable[[Case], tuple[str, ...]]  # under --quick too
+    rows: Callable[[Case, torch.device, Origin, bool], Iterator[Row]]  # the flag: --quick
+    tiny: Mapping[str, Any]
 
 
 def seeded(device: torch.device, seed: int) -> torch.Generator:

@@ -29,7 +29,7 @@ HEAD = """# Benchmarks
 
 Written by `python -m benchmarks.report` from the rows in `results/`; do not edit it.
 
-    python -m benchmarks.suite              csrc, GPU tests, kernels, steps; rows go to benchmarks/results
+    python -m benchmarks.suite              csrc, GPU tests, kernels, whole steps; rows go to benchmarks/results
     python -m benchmarks.suite --quick      the goals' cases only, within 8 minutes
     python -m benchmarks.rms_norm           one benchmark alone; --list shows its cases
     python -m benchmarks.report             this file again, with the new rows
@@ -38,6 +38,10 @@ Every variant is checked against the fp32 reference, then timed by CUDA events i
 brackets the 20 % and 80 % quantiles, of passes over sets of random inputs that outgrow the L2 cache. Percentages are of
 the card's own copy bandwidth or matrix rate, measured in the same process; what is counted as bytes or operations
 stands at the head of each benchmark's file. `copy` moves the same bytes and does nothing else.
+
+Whole optimiser steps (packing, end_to_end, parity) are timed by the host's clock, from an idle device to an idle one;
+what each trainer does, and how its memory is counted, stands at the head of benchmarks/end_to_end.py, of whole_steps.py
+and of each peer's file. Their percentages are MFU4: 4 operations a weight and real token, nothing else.
 """
 
 PREDICTED = """## Predictions
@@ -112,6 +116,7 @@ def render(rows: Sequence[Row], notes: dict[str, str]) -> dict[str, str]:
                 files[name] = plot
                 parts.append(f"![{bench}: share of the card's rate]({name})\n")
             parts += [_table(of_bench, mode) for mode in MODES if any(row.mode == mode and row.ms for row in of_bench)]
+            parts += _whole_steps(of_bench)
             parts += _failures(of_bench)
     return {"README.md": "\n".join(parts), **files}
 
@@ -160,7 +165,7 @@ def _time(row: Row | None) -> str:
     if row is None or row.ms is None:
         return ""
     share = "" if row.fraction is None else f" {row.fraction:.0%}"
-    calls = "" if row.timing == "graph" else " (stream)"
+    calls = " (stream)" if row.timing == "stream" else ""
     return f"{row.ms:.4g} [{row.ms_q20:.4g}, {row.ms_q80:.4g}]{share}{calls}"
 
 
@@ -169,6 +174,41 @@ def _ours(row: Row | None) -> str:
         return " | | "
     launches = "" if row.launches is None else str(row.launches)
     return f"{row.extra_bytes / 1e6:.1f} | {launches} | {row.host_us:.0f}"
+
+
+def _whole_steps(rows: Sequence[Row]) -> list[str]:
+    """A line a trainer and case: speed, memory, idleness; the plan's figures, where there are any, in brackets."""
+    found = [row for row in rows if row.samples_per_s is not None]
+    if not found:
+        return []
+    lines = [
+        "| case | trainer | samples/s | tokens/s | MFU4 | allocated GiB | device GiB | idle | host syncs | policy |",
+        "|---" * 10 + "|",
+    ]
+    for row in found:
+        cells = [
+            row.name, row.variant, f"{row.samples_per_s:.2f}", _planned(row.tokens_per_s, row.plan_tokens_per_s),
+            _percent(row.fraction), _gib(row.allocated_bytes, row.plan_bytes),
+            _gib(row.device_bytes), _percent(row.idle),
+            "" if row.syncs is None else str(row.syncs), "; ".join(filter(None, (row.policy, row.setting))),
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(map(_cell, cells))} |")
+    return ["\n".join(lines) + "\n"]
+
+
+def _planned(measured: float | None, plan: float | None) -> str:
+    """Whole numbers."""
+    return "" if measured is None else f"{measured:,.0f}" + ("" if plan is None else f" (plan {plan:,.0f})")
+
+
+def _gib(measured: float | None, plan: float | None = None) -> str:
+    if measured is None:
+        return ""
+    return f"{measured / 2**30:.2f}" + ("" if plan is None else f" (plan {plan / 2**30:.2f})")
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
 
 
 def _failures(rows: Sequence[Row]) -> list[str]:

@@ -53,7 +53,8 @@ class Row:
     ms_q20: float | None = None
     ms_q80: float | None = None
     samples: int | None = None
-    timing: str | None = None  # "graph": replays of a CUDA graph; "stream": calls behind a busy queue
+    # "graph": replays of a CUDA graph; "stream": calls behind a busy queue; "steps": whole steps, by the host's clock
+    timing: str | None = None
     bytes: int | None = None  # the least that must move; only one of bytes and flops is given
     flops: int | None = None
     gbps: float | None = None
@@ -66,6 +67,18 @@ class Row:
     host_us: float | None = None  # of one call until it returns
     waits: bool | None = None  # the host waits for the device within the call
     error: float | None = None  # ||x - reference|| / ||reference||, the worst of all results and gradients
+    # of whole optimiser steps (end_to_end, packing)
+    samples_per_s: float | None = None
+    tokens_per_s: float | None = None  # real ones: no padding, no modality tokens
+    allocated_bytes: int | None = None  # the most that torch's allocator gave at once
+    device_bytes: int | None = None  # the most taken of the device: reserved memory, CUDA context, libraries
+    idle: float | None = None  # share of a step in which nothing runs on the device
+    syncs: int | None = None  # times that the host waits for the device in a step
+    policy: str | None = None  # what layers keep for the backward pass
+    setting: str | None = None  # how weights are unpacked and steps launched
+    plan_bytes: int | None = None  # what --plan predicts for this run, beside allocated_bytes
+    plan_tokens_per_s: float | None = None
+    efficiency: float | None = None  # real tokens of those computed
     origin: Origin
 
     @property
@@ -81,7 +94,7 @@ class Row:
 _ORIGIN = {field.name for field in fields(Origin)}
 _OWN = {field.name for field in fields(Row)} - {"origin"}
 _TEXT = {"bench", "variant", "dtype", "run", "date", "commit", "gpu", "driver", "torch", "triton", "python"}
-_OPTIONAL_TEXT = {"mode", "failure", "package", "timing"}
+_OPTIONAL_TEXT = {"mode", "failure", "package", "timing", "policy", "setting"}
 _FLAGS = {"dirty", "waits"}
 
 

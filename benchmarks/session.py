@@ -71,6 +71,18 @@ def measure(
                 yield row(lane.variant, mode, error=lane.error, **asdict(timing), **_rates(cost, timing.ms, ceilings))
 
 
+def new_row(case: Case, variant: str, dtype: str, origin: Origin, package: str | None) -> Callable[..., Row]:
+    """A function that makes a row of what is known of it; its date is now."""
+
+    def row(mode: Mode | None = None, **values: Any) -> Row:
+        return Row(
+            bench=case.bench, case=dict(case.shape), variant=variant, dtype=dtype, mode=mode,
+            package=_package(package), origin=replace(origin, date=_now()), **values,
+        )  # fmt: skip
+
+    return row
+
+
 def device_is_lost() -> bool:
     """After an illegal access, which may be a peer's, everything fails: that is no word on what comes next."""
     if not torch.cuda.is_available():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from engine.step import dropout_seed, train_step
 from kernels import dispatch, unpacked
 from kernels.dequantize_nf4 import dequantize_nf4_reference
 from kernels.int8 import Int8Tensor
+from models.adapters.mma import AdapterConfig
 from models.language.llama import LLAMA_7B, LLAMA_13B, Block, Context, LlamaConfig
 from models.linear import Linear
 from models.norm import Norm
@@ -37,10 +39,14 @@ MODELS = {
     "7B": LLAMA_7B,
     "13B": LLAMA_13B,
     "tiny": LlamaConfig(vocab_size=96, dim=64, num_layers=2, num_heads=2, num_kv_heads=2, ffn_dim=96),
+    # bitsandbytes on a CPU takes weights whose rows are whole blocks
+    "toy": LlamaConfig(vocab_size=96, dim=64, num_layers=2, num_heads=2, num_kv_heads=2, ffn_dim=128),
+    "8B": LlamaConfig(vocab_size=128256, num_kv_heads=8, ffn_dim=14336, rope_theta=500000.0),  # Llama-3.1
 }
 TOWER = ClipConfig(width=64, num_layers=6, num_heads=1, image_size=28, mlp_dim=64)  # text only: it does not run
 PROMPT_SHARE = 0.3  # of a sample's tokens that are no targets: LaVIN's prompts have 87 of 287
 DTYPE = torch.bfloat16
+ADAPTER = AdapterConfig()
 
 
 def cases() -> list[Case]:
@@ -62,11 +68,18 @@ def problem(case: Case, device: torch.device) -> Problem:
     return _layer(vlm, pack, device) if part == "layer" else _train_step(vlm, pack, device)
 
 
-def build(config: LlamaConfig, layers: int, device: torch.device) -> VisionLanguageModel:
-    """The joint model with `layers` blocks of this shape, random weights, the language model's blocks in NF4."""
-    language = LlamaConfig(**{name: getattr(config, name) for name in LlamaConfig.__slots__} | {"num_layers": layers})
+def build(
+    config: LlamaConfig, layers: int, device: torch.device, *, tower: ClipConfig = TOWER, bits: int = 4,
+    dtype: torch.dtype = DTYPE, adapter: AdapterConfig = ADAPTER, ups: float = 0.1,
+) -> VisionLanguageModel:  # fmt: skip
+    """The joint model with `layers` blocks of this shape, random weights, the language model's blocks in `bits`.
+
+    `ups` is the standard deviation of the adapters' up-projections, which are zero at the start of a training: that
+    would be faster.
+    """
+    language = replace(config, num_layers=layers)
     with torch.device("meta"):
-        vlm = VisionLanguageModel(VLMConfig(language=language, vision=TOWER))
+        vlm = VisionLanguageModel(VLMConfig(language=language, vision=tower, adapter=adapter))
     generator = torch.Generator(device).manual_seed(0)
 
     def weights(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -76,16 +89,17 @@ def build(config: LlamaConfig, layers: int, device: torch.device) -> VisionLangu
                 yield name, normal(generator, *p.shape, scale=scale)
 
     for part in (vlm.language, vlm.vision):
-        fill(part, weights(part), bits=_bits, device=device, dtype=DTYPE, source="random weights")
+        in_layers = bits if part is vlm.language else 16
+
+        def bits_of(name: str, in_layers: int = in_layers) -> int:
+            return in_layers if name.startswith("layers.") else 16
+
+        fill(part, weights(part), bits=bits_of, device=device, dtype=dtype, source="random weights")
     vlm.start_trainable(0, device)
     for name, parameter in vlm.trainable().items():
-        if ".up" in name and name.endswith("weight"):  # zero at the start of a training, which would be faster
-            nn.init.normal_(parameter, std=0.1, generator=generator)
+        if ups and ".up" in name and name.endswith("weight"):
+            nn.init.normal_(parameter, std=ups, generator=generator)
     return vlm
-
-
-def _bits(name: str) -> int:
-    return 4 if name.startswith("layers.") else 16
 
 
 def text_pack(tokens: int, vocabulary: int) -> Pack:

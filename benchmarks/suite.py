@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass
 
 from benchmarks.command import FAILED, add_flags, require_gpu
-from benchmarks.problem import Bench
+from benchmarks.problem import Bench, Yardstick
 from benchmarks.session import ROOT, new_run
 
 KERNELS = (
@@ -25,7 +25,8 @@ KERNELS = (
     "adamw", "dequantize_nf4", "linear_nf4", "linear_nf4_chain", "linear_int8", "lora_linear",
 )  # fmt: skip
 BENCHES = (*KERNELS, "step", "decode")
-PARTS = ("csrc", "tests", *BENCHES)
+YARDSTICKS = ("packing", "end_to_end", "parity")
+PARTS = ("csrc", "tests", *BENCHES, *YARDSTICKS)
 TESTS = ("pytest", "-q", "tests/csrc", "tests/kernels")
 QUICK_SECONDS = 460.0  # of --quick in all: eight minutes, less what starting and stopping takes
 
@@ -43,6 +44,14 @@ def bench(name: str) -> Bench:
     return found
 
 
+def part(name: str) -> Bench | Yardstick:
+    """The benchmark of this name, of one op or of whole steps."""
+    if name not in YARDSTICKS:
+        return bench(name)
+    found: Yardstick = importlib.import_module(f"benchmarks.{name}").YARDSTICK
+    return found
+
+
 def main(argv: list[str]) -> int:
     """Runs the parts one after another. Returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -53,8 +62,8 @@ def main(argv: list[str]) -> int:
     flags = parser.parse_args(argv)
     parts = [flags.only] if flags.only else list(PARTS)
     if flags.list:
-        for part in parts:
-            print(f"{part:<22} {_about(part)}")
+        for name in parts:
+            print(f"{name:<22} {_about(name)}")
         return 0
     require_gpu()
     run = flags.run or new_run(flags.commit)
@@ -62,39 +71,40 @@ def main(argv: list[str]) -> int:
     passed_on += ["--commit", flags.commit] if flags.commit else []
     passed_on += ["--quick"] if flags.quick else []
     deadline = time.monotonic() + QUICK_SECONDS if flags.quick else None
-    outcomes = [_run(part, passed_on, deadline) for part in parts]
+    outcomes = [_run(name, passed_on, deadline) for name in parts]
     print("\n" + "\n".join(f"{o.part:<22} {o.seconds:6.1f} s  {o.problem or 'ok'}" for o in outcomes))
     print(f"rows in {flags.output / run}.jsonl; python -m benchmarks.report makes tables of them")
     return FAILED if any(o.problem for o in outcomes) else 0
 
 
-def _about(part: str) -> str:
-    if part == "csrc":
+def _about(name: str) -> str:
+    if name == "csrc":
         return "the CUDA library is built, where nvcc is and it is not up to date"
-    if part == "tests":
+    if name == "tests":
         return "the kernels' tests on the GPU; with --quick or without pytest, the doctor's check of every kernel"
-    first_line = bench(part).about.strip().splitlines()[0]
-    return f"{len(bench(part).cases())} cases. {first_line}"
+    found = part(name)
+    first_line = found.about.strip().splitlines()[0]
+    return f"{len(found.cases())} cases. {first_line}"
 
 
-def _run(part: str, flags: list[str], deadline: float | None) -> Outcome:
+def _run(name: str, flags: list[str], deadline: float | None) -> Outcome:
     start = time.monotonic()
     left = None if deadline is None else deadline - start
     if left is not None and left <= 0:
-        return Outcome(part, "not reached: the time of --quick is over", 0.0)
-    words = [sys.executable, "-m", f"benchmarks.{part}", *flags]
-    if part == "csrc":
+        return Outcome(name, "not reached: the time of --quick is over", 0.0)
+    words = [sys.executable, "-m", f"benchmarks.{name}", *flags]
+    if name == "csrc":
         words = [sys.executable, "-m", "csrc.build", "--optional"]
-    elif part == "tests":
+    elif name == "tests":
         in_full = deadline is None and importlib.util.find_spec("pytest") is not None
         words = [sys.executable, "-m", *(TESTS if in_full else ("benchmarks.checks",))]
-    print(f"\n== {part}", flush=True)
+    print(f"\n== {name}", flush=True)
     try:
         code = subprocess.run(words, cwd=ROOT, timeout=left, check=False).returncode
         problem = f"exit code {code}" if code else ""
     except subprocess.TimeoutExpired:
         problem = "stopped: its time was over; what it had measured is kept"
-    return Outcome(part, problem, time.monotonic() - start)
+    return Outcome(name, problem, time.monotonic() - start)
 
 
 if __name__ == "__main__":

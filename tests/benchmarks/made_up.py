@@ -37,10 +37,11 @@ def fulfilling(condition: Condition) -> list[Row]:
     found = []
     for case in condition.cases:
         of_ours: dict[str, Any] = {"ms": 1e-3, "fraction": 0.999, "saved_bytes": 1, "variant": condition.ours}
+        of_ours |= {"samples_per_s": 1e3, "allocated_bytes": 1, "idle": 0.0, "syncs": 0, "efficiency": 1.0}
         found.append(row(condition.bench, shape(case), condition.mode, **of_ours))
         if condition.peer:
             slow = condition.sense == ">="
-            of_peer = {"ms": 1.0 if slow else 1e-3, "saved_bytes": 100, "variant": condition.peer}
+            of_peer = {"ms": 1.0 if slow else 1e-3, "saved_bytes": 100, "error": 0.1, "variant": condition.peer}
             found.append(row(condition.bench, shape(case), condition.mode, **of_peer))
     return found
 

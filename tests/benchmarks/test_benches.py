@@ -61,9 +61,9 @@ def on_a_cpu(bench: Bench) -> Bench:
     return replace(bench, problem=problem)
 
 
-@pytest.mark.parametrize("name", suite.BENCHES)
+@pytest.mark.parametrize("name", (*suite.BENCHES, *suite.YARDSTICKS))
 def test_cases_are_well_named(name: str) -> None:
-    bench = suite.bench(name)
+    bench = suite.part(name)
     names = [case.name for case in bench.cases()]
     assert len(names) == len(set(names)) > 0
     assert bench.name == name and {case.bench for case in bench.cases()} == {name}

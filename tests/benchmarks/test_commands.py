@@ -23,10 +23,10 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_gpu")
-@pytest.mark.parametrize("name", suite.BENCHES)
+@pytest.mark.parametrize("name", (*suite.BENCHES, *suite.YARDSTICKS))
 def test_a_benchmark_needs_a_gpu(name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as ended:
-        command.main(suite.bench(name), ["--output", str(tmp_path)])
+        command.main(suite.part(name), ["--output", str(tmp_path)])
     assert ended.value.code == 4
     assert capsys.readouterr().err == "benchmarks need a CUDA GPU, and torch finds none\n"
     assert list(tmp_path.iterdir()) == []
@@ -52,7 +52,7 @@ def test_a_lost_device_ends_the_part_and_blames_nobody(
     monkeypatch.setattr(command, "measure", failing)
     monkeypatch.setattr(command, "device_is_lost", lambda: lost)
     bench: Any = suite.bench("rope")
-    rows = command._rows(bench, bench.cases()[0], None, None, False)  # type: ignore[arg-type]
+    rows = command._rows(bench, bench.cases()[0], object(), None, False)  # type: ignore[arg-type]
     if lost:
         with pytest.raises(SystemExit, match="1"):
             list(rows)
@@ -98,7 +98,7 @@ class Processes:
     def __call__(self, words: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
         self.started.append(words)
         others = "csrc" if "csrc.build" in words else "tests"
-        part = next((name for name in suite.BENCHES if f"benchmarks.{name}" in words), others)
+        part = next((name for name in suite.PARTS if f"benchmarks.{name}" in words), others)
         if part == self.late:
             raise subprocess.TimeoutExpired(words, 1.0)
         return subprocess.CompletedProcess(words, self.codes.get(part, 0))
@@ -172,7 +172,7 @@ def test_quick_ends_in_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 def test_nothing_but_torch_is_needed() -> None:
     """Told by a fresh interpreter, so that what the modules import in turn counts too."""
-    modules = [f"benchmarks.{name}" for name in ("suite", "report", "checks", *suite.BENCHES)]
+    modules = [f"benchmarks.{name}" for name in ("suite", "report", "checks", *suite.BENCHES, *suite.YARDSTICKS)]
     script = f"""
 import importlib, sys
 import numpy, torch, triton

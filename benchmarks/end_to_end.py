@@ -1,0 +1,220 @@
+"""The whole model's optimiser step on ScienceQA-shaped samples, beside those who train such models (G15 to G18).
+
+    nibble          the engine: planner, packs of at most T tokens, one step; NF4 layers, 16-bit rest
+    lavin_lite      LaVIN-lite's loop in plain PyTorch and bitsandbytes (lavin_lite.py)
+    hf_peft         transformers, PEFT's LoRA and bitsandbytes, micro-batches of four (hugging_face.py)
+    hf_liger        the same with Liger's kernels
+    bf16_adapters   the engine without quantisation: the ceiling
+
+All get the same samples (workload.py) on random weights. Operations are 4 for each weight of a product and real token
+that needs it (forward and dX; the head's on supervised rows only): attention, the tower, padding, recomputation and
+dequantisation earn nothing, so `fraction`, of the measured matrix rate, is MFU4 and a lower bound. `policy` is what
+layers keep ("auto": as the engine chooses), `cap` a limit in GB (10^9) on what torch may take of the card.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks import command, lengths
+from benchmarks.engine_setting import card_and_memory, choose
+from benchmarks.hugging_face import HuggingFaceTrainer
+from benchmarks.lavin_lite import LavinTrainer
+from benchmarks.peers import require_csrc
+from benchmarks.problem import Case, Yardstick
+from benchmarks.rows import Origin, Row
+from benchmarks.session import new_row
+from benchmarks.step import DTYPE, MODELS, TOWER, block_weights, build
+from benchmarks.trainers import NibbleTrainer, Trainer, packs_of
+from benchmarks.whole_steps import Entrant, Steps, measure_steps, release
+from benchmarks.workload import Workload, of_lengths, workload
+from engine.data.padding import pad
+from engine.data.planning import MODALITY_ROWS
+from kernels import unpacked
+from models.language.llama import LlamaConfig
+from models.vision.clip import ClipConfig
+from models.vlm import VisionLanguageModel
+
+STEP = 32  # samples, LaVIN's effective batch
+FULL = 28  # samples that fill one pack of 8,192 tokens; 32 would be two of 4,700
+CAP = 24
+GB = 10**9
+ROUNDS, QUICK_ROUNDS = 5, 2
+CONTEXT = 93_696  # tokens: 1.2 times the 78k that Unsloth publishes for Llama-3.1-8B in 24 GB
+PEERS = ("lavin_lite", "hf_peft", "hf_liger", "bf16_adapters")
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A model, and the longest sample that it is given."""
+
+    language: LlamaConfig
+    tower: ClipConfig
+    longest: int = lengths.LONGEST
+
+
+SHAPES = {name: Shape(MODELS[name], ClipConfig()) for name in ("7B", "13B", "8B")}
+SHAPES["toy"] = Shape(MODELS["toy"], TOWER, longest=64)
+PACKAGES = {"lavin_lite": "bitsandbytes", "hf_peft": "peft", "hf_liger": "liger-kernel"}
+
+
+def cases() -> list[Case]:
+    """Those of one model follow one another: its weights are made once."""
+
+    def case(model: str, tokens: int, samples: int, policy: str = "auto", cap: int = 0, quick: bool = True) -> Case:
+        shape = {"model": model, "T": tokens, "samples": samples, "policy": policy, "cap": cap}
+        return Case("end_to_end", shape, modes=("step",), quick=quick)
+
+    return [
+        case("7B", 512, 1, "keep_input"),
+        case("7B", 512, STEP),
+        case("7B", 2048, STEP),
+        case("7B", 4096, STEP, quick=False),
+        case("7B", 8192, FULL),
+        case("8B", CONTEXT, 1, "keep_input", CAP),
+        case("13B", 512, 1, "keep_input"),
+        case("13B", 2048, STEP, "save_all", CAP),
+        case("13B", 2048, STEP, quick=False),
+        case("13B", 4096, STEP, quick=False),
+        case("13B", 8192, FULL),
+    ]
+
+
+def trainers(case: Case, *, quick: bool) -> tuple[str, ...]:
+    """Peers know no packs: once for each model, where packs are largest. --quick leaves out those that no goal asks
+    for."""
+    model, tokens = case.shape["model"], case.shape["T"]
+    if case.shape["samples"] != FULL:  # 13B in 16 bits is beside the rest where packs are smaller
+        return ("nibble", "bf16_adapters") if (model, tokens) == ("13B", 4096) else ("nibble",)
+    if model == "13B":
+        return ("nibble", "lavin_lite") if quick else ("nibble", "lavin_lite", "hf_peft", "hf_liger")
+    return ("nibble", *PEERS[:3]) if quick else ("nibble", *PEERS)
+
+
+def rows(case: Case, device: torch.device, origin: Origin, quick: bool) -> Iterator[Row]:
+    """One row a trainer."""
+    shape, dtype = SHAPES[case.shape["model"]], DTYPE if device.type == "cuda" else torch.float32
+    unpacked.release()  # copies of the case before this one
+    release(device)
+    works = step_samples(case, shape)[: 1 if quick else None]
+    tokens, cap = case.shape["T"], case.shape["cap"] * GB
+    vlm = model(case.shape["model"], device, dtype)
+    packs = [pad(pack) for work in works for pack in packs_of(work, tokens, "sample")]
+    card, free = card_and_memory(cap, device)
+    setting = choose(vlm, case.shape["policy"], tokens, packs, free, card, dtype, held_bytes(vlm))
+
+    def nibble() -> Trainer:
+        require_csrc(setting)
+        there = held_bytes(vlm)  # before the trainer, whose own memory is measured
+        setting.use(vlm)
+        trainer = NibbleTrainer(vlm, tokens, device)
+        trainer.borrowed_bytes = there
+        return trainer
+
+    def bf16_adapters() -> Trainer:
+        return NibbleTrainer(weights(shape, device, dtype, bits=16), tokens, device)
+
+    half = torch.float16 if device.type == "cuda" else dtype
+    builders: dict[str, Callable[[], Trainer]] = {
+        "nibble": nibble,
+        "lavin_lite": lambda: LavinTrainer(vlm, device, padded=shape.longest, dtype=half),
+        "hf_peft": lambda: HuggingFaceTrainer(shape.language, device, dtype=dtype),
+        "hf_liger": lambda: HuggingFaceTrainer(shape.language, device, dtype=dtype, liger=True),
+        "bf16_adapters": bf16_adapters,
+    }
+    entrants = [
+        Entrant(name, builders[name], PACKAGES.get(name), profiled=name in ("nibble", "bf16_adapters"))
+        for name in trainers(case, quick=quick)
+    ]
+    with capped(cap, device):
+        found = measure_steps(entrants, works, device, QUICK_ROUNDS if quick else ROUNDS)
+    for entrant in entrants:
+        used = half if entrant.name == "lavin_lite" else dtype
+        row = new_row(case, entrant.name, str(used).removeprefix("torch."), origin, entrant.package)
+        steps = found[entrant.name]
+        if isinstance(steps, str):
+            yield row(failure=steps)
+        else:
+            own = setting.fields() if entrant.name == "nibble" else {}
+            yield row("step", **steps.fields(), **figures(steps, works, shape.language, origin), **own)
+    release(device)
+
+
+def step_samples(case: Case, shape: Shape) -> list[Workload]:
+    """Two steps' samples, other ones of the same lengths, so that packs differ; or a single sample, which fills T."""
+    vocabulary, size, samples = shape.language.vocab_size, shape.tower.image_size, case.shape["samples"]
+    if samples == 1:
+        return [of_lengths([case.shape["T"] - MODALITY_ROWS], vocabulary, size)]
+    return [workload(samples, vocabulary, size, seed=seed, longest=shape.longest) for seed in range(2)]
+
+
+_made: dict[str, VisionLanguageModel] = {}  # of the model that was asked for last
+
+
+def model(name: str, device: torch.device, dtype: torch.dtype) -> VisionLanguageModel:
+    """The 4-bit model of this name; the one before it is given back."""
+    if name not in _made:
+        _made.clear()
+        unpacked.release()
+        release(device)
+        _made[name] = weights(SHAPES[name], device, dtype, bits=4)
+    return _made[name]
+
+
+def weights(shape: Shape, device: torch.device, dtype: torch.dtype, *, bits: int) -> VisionLanguageModel:
+    return build(shape.language, shape.language.num_layers, device, tower=shape.tower, bits=bits, dtype=dtype)
+
+
+def held_bytes(vlm: VisionLanguageModel) -> int:
+    """What a model's tensors and gradients take of the device."""
+    tensors = [part for p in vlm.parameters() for part in (p, p.grad) if part is not None]
+    sizes = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    return sum(sizes.values())
+
+
+@contextmanager
+def capped(limit: int, device: torch.device) -> Iterator[None]:
+    """torch takes at most `limit` bytes of the card inside; 0: what there is."""
+    if not limit or device.type != "cuda":
+        yield
+        return
+    release(device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / torch.cuda.get_device_properties(device).total_memory))
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def useful_flops(work: Workload, config: LlamaConfig) -> int:
+    """4N: forward and dX of each weight, for each real token that needs it."""
+    layers = config.num_layers * block_weights(config) * work.tokens
+    return round(4 * (layers + config.vocab_size * config.dim * work.supervised))
+
+
+def figures(steps: Steps, works: Sequence[Workload], config: LlamaConfig, origin: Origin) -> dict[str, Any]:
+    """Speed as fields of a row; steps took the workloads in turns."""
+    seconds = sum(steps.seconds)
+    done = [works[i % len(works)] for i in range(len(steps.seconds))]
+    flops = statistics.mean(useful_flops(work, config) for work in done)
+    tflops = flops * len(done) / seconds / 1e12
+    return {
+        "flops": round(flops), "tflops": tflops, "fraction": tflops / origin.matrix_tflops,
+        "samples_per_s": sum(len(work.samples) for work in done) / seconds,
+        "tokens_per_s": sum(work.tokens for work in done) / seconds,
+    }  # fmt: skip
+
+
+YARDSTICK = Yardstick(
+    "end_to_end", __doc__ or "", cases, lambda case: trainers(case, quick=True), rows, tiny={"model": "toy", "T": 128}
+)
+
+if __name__ == "__main__":
+    sys.exit(command.main(YARDSTICK, sys.argv[1:]))
