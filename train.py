@@ -13,7 +13,7 @@ def main(argv: list[str]) -> int:
     """Parse, then plan or train. Returns the exit code."""
     config, notes = parse_train(argv)
     if config.plan:
-        from engine.plan import plan_text, plan_without_weights
+        from engine.plan.make import plan_text, plan_without_weights
 
         plan = plan_without_weights(config, int(os.environ.get("WORLD_SIZE", "1")))
         if os.environ.get("RANK", "0") == "0":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +19,11 @@ from engine.data.scienceqa import ScienceQA
 from engine.data.tokenizer import Tokenizer
 from engine.demo.cache import demo_base, demo_data
 from engine.errors import CheckpointError
-from engine.ticker import Ticker
+from engine.loading.cache import cache_of
+from engine.loading.load import Loading
 from models.adapters.mma import AdapterConfig
 from models.language.llama import LLAMA_13B, LlamaConfig
-from models.placement import fill
+from models.placement import Bits
 from models.vision.clip import NUM_TAPS, ClipConfig
 from models.vlm import Legacy, VisionLanguageModel, VLMConfig
 from models.weights.clip import VisionSource, find_vision, open_vision
@@ -111,7 +111,6 @@ def vlm_config(config: Config, language: LlamaConfig, vision: ClipConfig) -> VLM
         train_vision=config.train.vision,
         train_projector=config.train.projector,
         drop_path=config.model.drop_path,
-        gradient_checkpointing=config.gradient_checkpointing,
         legacy=Legacy(
             clip_router=config.legacy.clip_router,
             normal_adapter=config.legacy.normal_adapter,
@@ -133,31 +132,34 @@ def router_temperature(config: Config, language: LlamaConfig) -> float:
 
 
 def build_model(
-    config: Config, sources: Sources, *, device: torch.device, dtype: torch.dtype, quiet: bool = False,
+    config: Config, sources: Sources, *, device: torch.device, dtype: torch.dtype, is_main: bool = True,
 ) -> VisionLanguageModel:  # fmt: skip
-    """Builds on the meta device, then fills tensor by tensor: frozen weights from their files, what trains fresh."""
+    """Builds on the meta device, then fills tensor by tensor: frozen weights from their files or, where an earlier
+    start has quantized them, from the cache; what trains fresh. The main rank shows how it goes and writes the cache.
+    """
+    cache = cache_of(config, sources.files, len(sources.language.files), dtype)
+    loading = Loading(bits_of(config), device, dtype, cache, is_main)
+    try:
+        model = None if cache is None else loading.from_cache(_empty(config, sources, device))
+        if model is None:
+            model = loading.from_sources(_empty(config, sources, device), sources.language, sources.vision)
+        return model
+    finally:
+        sources.language.close()
+        sources.vision.close()
+
+
+def bits_of(config: Config) -> dict[str, Bits]:
+    """In how many bits each part of the model stores its linears' weights, by their names within the part."""
+    layers, head, vision = (BITS[b] for b in (config.bits, config.bits_head, config.bits_vision))
+    return {"language": lambda name: head if name == "head.weight" else layers, "vision": lambda name: vision}
+
+
+def _empty(config: Config, sources: Sources, device: torch.device) -> VisionLanguageModel:
+    """The model with what trains on `device`, what is frozen on the meta device."""
     with torch.device("meta"):
         model = VisionLanguageModel(vlm_config(config, sources.language.config, sources.vision.config))
-    layers, head, vision = (BITS[b] for b in (config.bits, config.model.bits_head, config.model.bits_vision))
-
-    def language_bits(name: str) -> int:
-        return head if name == "head.weight" else layers
-
     model.start_trainable(config.seed, device)
-    ticker = Ticker(len(sources.language.names) + len(sources.vision.names), "tensors loaded", enabled=not quiet)
-    loaded = itertools.count(1)
-
-    def on_tensor(name: str) -> None:
-        ticker(next(loaded))
-
-    fill(
-        model.language, sources.language.stream(), bits=language_bits, device=device, dtype=dtype,
-        source=str(sources.language.files[0].parent), on_tensor=on_tensor,
-    )  # fmt: skip
-    fill(
-        model.vision, sources.vision.stream(), bits=lambda name: vision, device=device, dtype=dtype,
-        source=str(sources.vision.files[0]), on_tensor=on_tensor,
-    )  # fmt: skip
     return model
 
 

@@ -108,7 +108,7 @@ def effectless(config: Config | EvalConfig) -> list[str]:
 def about_unpacking(runtime: Runtime) -> list[str]:
     """The settings that differ from their default and matter where quantised weights are unpacked on a GPU."""
     asked = {
-        "unpacked_memory": parse_size(runtime.unpacked_memory) > 0,
+        "unpacked_memory": runtime.unpacked_memory != "auto" and parse_size(runtime.unpacked_memory) > 0,
         "few_rows": runtime.few_rows is not None,
         "prefetch": runtime.prefetch,
     }
@@ -126,13 +126,18 @@ def _check_bounds(config: Config | EvalConfig | ChatConfig) -> None:
 
 
 def _check_memory(config: Config | EvalConfig | ChatConfig) -> None:
-    text = config.runtime.unpacked_memory
-    try:
-        parse_size(text)
-    except ValueError as error:
-        raise UsageError(
-            f"runtime.unpacked_memory is {text!r}", where="--runtime.unpacked_memory", why=str(error)
-        ) from error
+    texts = {"runtime.unpacked_memory": config.runtime.unpacked_memory}
+    if isinstance(config, Config):
+        texts["memory_budget"] = config.memory_budget
+    for path, text in texts.items():
+        if text == ("auto" if path == "runtime.unpacked_memory" else ""):
+            continue
+        try:
+            size = parse_size(text)
+        except ValueError as error:
+            raise UsageError(f"{path} is {text!r}", where=f"--{path}", why=str(error)) from error
+        if path == "memory_budget" and not size:
+            raise UsageError(f"{path} is {text!r}", where=f"--{path}", why="a run takes memory")
 
 
 def _check_model(config: Config | EvalConfig) -> None:
@@ -180,14 +185,14 @@ def _check_data(config: Config) -> None:
 
 
 def _check_training(config: Config) -> None:
-    train, model = config.train, config.model
+    train = config.train
     if (train.language, train.vision, train.projector) == ("frozen", "frozen", "frozen"):
         raise UsageError("nothing trains", where="--train", do="leave one of language, vision and projector trainable")
-    needed = [("bits", config.bits), ("model.bits_head", model.bits_head)] if train.language == "full" else []
-    needed += [("model.bits_vision", model.bits_vision)] if train.vision == "full" else []
+    needed = [("bits", config.bits), ("bits_head", config.bits_head)] if train.language == "full" else []
+    needed += [("bits_vision", config.bits_vision)] if train.vision == "full" else []
     for path, bits in needed:
         if bits != "16bit":
-            part = "vision" if path == "model.bits_vision" else "language"
+            part = "vision" if path == "bits_vision" else "language"
             raise UsageError(
                 f"train.{part} full with {path} {bits}",
                 where=f"--{path}",
@@ -228,6 +233,8 @@ def _effectless_training(config: Config) -> Iterator[str]:
         yield "--json has no effect without --plan"
     if config.dry_run and config.plan:
         yield "--dry_run has no effect with --plan, which ends before the first step"
+    if config.memory_budget and config.gradient_checkpointing:
+        yield "--memory_budget has no effect with --gradient_checkpointing, which takes the least memory anyway"
     if config.bits == "16bit":
         for name in about_unpacking(config.runtime):
             yield f"--runtime.{name} has no effect with --bits 16bit: nothing has to be unpacked"

@@ -33,10 +33,8 @@ class Model:
     """Width of the projector's hidden layer."""
     drop_path: float = 0.0
     """Probability to drop a residual branch of the language model while training."""
-    bits_head: Bits = "16bit"
-    """Bits of the language model's output head."""
-    bits_vision: Bits = "16bit"
-    """Bits of the vision tower's linears."""
+    cache_weights: bool = True
+    """Keep the quantized weights in NIBBLE_CACHE for the next start. With --bits 16bit nothing is gained or kept."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -153,12 +151,14 @@ class Runtime:
     """Bitwise repeatable runs on a GPU, at some cost in speed."""
     threads: int = 0
     """CPU threads of torch. 0: torch's own choice."""
-    unpacked_memory: str = "0"
-    """GPU memory for 16-bit copies of quantized weights: 512MB, 4GB. 0: one buffer of the largest weights."""
+    unpacked_memory: str = "auto"
+    """GPU memory for 16-bit copies of quantized weights: 4GB. auto: what the memory budget leaves. 0: one buffer."""
     few_rows: int | None = None
     """Up to how many rows (64 at most) a product takes packed weights on a GPU as they are. None: the card's table."""
     prefetch: bool = False
     """Unpack the next quantized weights on a second stream while a product runs; takes a layer of 16-bit weights."""
+    cuda_graphs: bool = True
+    """Launch a pack's forward and backward pass as one CUDA graph (one GPU, not with deterministic or --debug)."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -207,6 +207,10 @@ class Config:
 
     bits: Bits = "4bit"
     """Bits of the frozen weights of the language model's layers."""
+    bits_head: Bits = "16bit"
+    """Bits of the language model's output head."""
+    bits_vision: Bits = "16bit"
+    """Bits of the vision tower's linears."""
     data: str = ""
     """Your rows, LLaVA-style .json or .jsonl. Empty: dataset.root, or the embedded demo."""
     image_folder: str = ""
@@ -223,8 +227,10 @@ class Config:
     """`auto` (the newest checkpoint of the run directory) or a step directory."""
     seed: int = 0
     """Seed of everything random."""
+    memory_budget: str = ""
+    """Memory of a run: 24GB. Layers recompute what does not fit. Empty: what is free; on a CPU without limit."""
     gradient_checkpointing: bool = False
-    """Keep only each layer's input and recompute the rest."""
+    """Keep only each layer's input and recompute the rest, whatever the memory."""
     plan: bool = False
     """Print what the run needs (memory, disk, steps) and end. Needs no GPU and no weights."""
     json: bool = False
@@ -273,6 +279,10 @@ class EvalConfig:
     """Show tracebacks."""
     bits: Bits = "4bit"
     """Bits of the frozen weights of the language model's layers."""
+    bits_head: Bits = "16bit"
+    """Bits of the language model's output head."""
+    bits_vision: Bits = "16bit"
+    """Bits of the vision tower's linears."""
     model: Model = field(default_factory=Model)
     adapter: Adapter = field(default_factory=Adapter)
     dataset: Dataset = field(default_factory=Dataset)

@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from engine.demo.cache import BASE_WEIGHTS, cache_root
+from engine.demo.cache import BASE_WEIGHTS, cache_root, quantized_weights
 
 if TYPE_CHECKING:
     from engine.op_checks import OpCheck
@@ -65,7 +65,7 @@ class Diagnosis:
 
 def diagnose(runs: Path) -> Diagnosis:
     """Looks at everything. `runs` is where run directories will be; nothing is left behind there."""
-    findings = [*installed(), *names(), *disk(runs), *demo_cache()]
+    findings = [*installed(), *names(), *disk(runs), *demo_cache(), *weight_cache()]
     if any(finding.name in OLDEST and finding.status == "problem" for finding in findings):
         return Diagnosis(findings, [])  # without torch and triton there is no device to look at, and no kernel imports
     from engine.op_checks import check_ops
@@ -200,6 +200,19 @@ def demo_cache() -> Iterator[Finding]:
         return
     made = sorted(path.name for path in root.glob("demo-*"))
     yield Finding("disk", "demo cache", f"{root}: {', '.join(made) or 'empty, the first demo fills it'}")
+
+
+def weight_cache() -> Iterator[Finding]:
+    """What is kept of models that were quantized once. Nobody removes what was made from files that are gone."""
+    root = quantized_weights()
+    kept = sorted(path for path in root.glob("*") if path.is_dir())
+    if not kept:
+        yield Finding("disk", "weight cache", f"{root}: empty, the first start with real weights fills it")
+        return
+    sizes = [sum(file.stat().st_size for file in path.iterdir() if file.is_file()) for path in kept]
+    each = ", ".join(f"{path.name} {size / 2**30:.2f} GiB" for path, size in zip(kept, sizes, strict=True))
+    text = f"{root}: {sum(sizes) / 2**30:.2f} GiB ({each}); what is no longer wanted may be deleted"
+    yield Finding("disk", "weight cache", text)
 
 
 def names() -> Iterator[Finding]:

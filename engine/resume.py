@@ -8,6 +8,7 @@ from engine.checkpoint import find_latest, load_checkpoint
 from engine.config import Config, get, leaves
 from engine.config_file import from_yaml
 from engine.errors import CheckpointError
+from engine.plan.memory_budget import RECORDED
 from engine.setup import Setup
 from engine.trainer import Trainer
 from models.weights.identity import check_identity
@@ -17,8 +18,9 @@ from models.weights.identity import check_identity
 FREE = (
     "output_dir", "recipe", "resume", "plan", "json", "dry_run", "debug", "log.", "runtime.", "eval_data", "eval_every",
     "data", "image_folder", "dataset.root", "dataset.captions", "dataset.num_workers", "dataset.eval_split",
-    "model.language", "model.tokenizer", "model.vision", "model.delta", "adapter.init", "optim.epochs",
-    "gradient_checkpointing", "legacy.decode_positions", "legacy.score_whole_text", "legacy.eval_8bit_as_4bit",
+    "model.language", "model.tokenizer", "model.vision", "model.delta", "model.cache_weights",
+    "adapter.init", "optim.epochs", "gradient_checkpointing", "memory_budget", "legacy.decode_positions",
+    "legacy.score_whole_text", "legacy.eval_8bit_as_4bit",
 )  # fmt: skip
 
 
@@ -62,5 +64,6 @@ def resume(setup: Setup, trainer: Trainer) -> bool:
         )  # fmt: skip
     trainer.load(tensors, state, path)
     trainer.state_extras["accuracy_before"] = state.get("accuracy_before", {})
+    trainer.state_extras |= {name: state[name] for name in RECORDED if name in state}
     setup.ranks.say(f"resumed from {path}")
     return True

@@ -37,9 +37,14 @@ from engine.environment import describe_environment, device_name
 from engine.errors import INTERRUPTED, CheckpointError, NibbleError, Stopped, as_nibble_error
 from engine.evaluation.validation import validation_loss
 from engine.finish import finish
+from engine.graphs import GraphedPasses
 from engine.metrics import Metrics
 from engine.optim import Optimizer
-from engine.plan import make_plan, plan_text
+from engine.passes import choose_passes
+from engine.plan.make import make_plan, plan_text
+from engine.plan.memory_budget import settle_memory
+from engine.plan.out_of_memory import explained
+from engine.plan.unpacked_memory import use_memory
 from engine.precision import choose_device, choose_dtype
 from engine.progress import Progress
 from engine.resume import resume
@@ -49,7 +54,6 @@ from engine.schedule import CosineSchedule
 from engine.setup import Setup
 from engine.signals import StopSignals
 from engine.trainer import Trainer
-from engine.unpacked_memory import use_memory
 from kernels.dispatch import set_backend
 from models.weights.identity import identity
 from models.weights.lavin import write_lavin_adapters
@@ -71,7 +75,8 @@ def train(config: Config, argv: Sequence[str], notes: Sequence[str], max_steps: 
             try:
                 for note in notes if me.is_main else ():
                     logger.warning("%s", note)
-                _run(config, argv, me, device, rundir, max_steps)
+                with explained(config, device, rundir):
+                    _run(config, argv, me, device, rundir, max_steps)
             except (NibbleError, ValueError, RuntimeError, OSError, MemoryError, KeyboardInterrupt) as error:
                 _record_error(rundir, me, error)
                 if isinstance(error, Stopped) and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
@@ -161,7 +166,7 @@ def _run(
     benchmark = open_scienceqa(config, sources.tokenizer, config.dataset.eval_split) if wanted else None
     me.say(_before(config, sources, dataset, sampler, me, device, f"{str(dtype).removeprefix('torch.')} ({why})"))
 
-    model = build_model(config, sources, device=device, dtype=dtype, quiet=not me.is_main)
+    model = build_model(config, sources, device=device, dtype=dtype, is_main=me.is_main)
     if config.adapter.init:
         me.say(f"adapters start from {load_trained(model, Path(config.adapter.init), sources.files)}")
     reader = TileReader(sources.vision.config.image_size)
@@ -170,10 +175,11 @@ def _run(
         me.say("warning: without --model.language your data train the demo's toy model of 640 word pieces")
     trainer = _trainer(setup, dataset, sampler, dtype)
     trainer.max_steps = max_steps
-    unpacked = use_memory(config, model.language, device, dtype)  # after DDP, which writes to every parameter
+    resumed = resume(setup, trainer)
+    spare = settle_memory(setup, trainer, dtype)
+    unpacked = use_memory(config, model.language, device, dtype, spare)  # after DDP, which writes to every parameter
     if unpacked:
         me.say(f"unpacked   {unpacked}")
-    resumed = resume(setup, trainer)
     if me.is_main:  # not before: a run that cannot be resumed like this keeps its config.yaml
         rundir.describe(to_yaml(config), argv, describe_environment(device), demo=is_demo(config))
     me.say(f"sample {describe(dataset.sample(sampler.indices(0)[0]), sources.tokenizer)}")
@@ -215,10 +221,12 @@ def _before(
 def _trainer(setup: Setup, dataset: Dataset, sampler: StepSampler, dtype: torch.dtype) -> Trainer:
     config, me = setup.config, setup.ranks
     optim = config.optim
+    passes = choose_passes(config, setup.model, setup.device, me, len(dataset))
     loader = StepLoader(
         dataset, sampler, setup.reader, tokens_per_batch=config.runtime.tokens_per_batch, reduction=optim.reduction,
         micro_batch=optim.batch_size, rank=me.rank, ranks=me.world, num_workers=config.dataset.num_workers,
-        legacy_clip_router=config.legacy.clip_router,
+        legacy_clip_router=config.legacy.clip_router, few_shapes=isinstance(passes, GraphedPasses),
+        pinned=setup.device.type == "cuda", places=passes.places,
     )  # fmt: skip
     schedule = CosineSchedule(
         lr=optim.peak_lr(me.world), min_lr=optim.min_lr, epochs=optim.epochs, warmup_epochs=optim.warmup_epochs,
@@ -229,6 +237,7 @@ def _trainer(setup: Setup, dataset: Dataset, sampler: StepSampler, dtype: torch.
         model=setup.model,
         wrapped=me.wrap(setup.model),
         loader=loader,
+        passes=passes,
         optimizer=Optimizer(
             setup.model.named_parameters(), weight_decay=optim.weight_decay,
             beta1=optim.beta1, beta2=optim.beta2, eps=optim.eps,

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from engine.distributed import Ranks
 from engine.errors import NotFinite
+from engine.graphs import Passes
 from engine.optim import Optimizer
 from engine.scaler import LossScaler
 from models.pack import Pack
@@ -43,6 +44,7 @@ def dropout_seed(seed: int, step: int, pack: int) -> int:
 def train_step(
     model: nn.Module, packs: Sequence[Pack], optimizer: Optimizer, scaler: LossScaler, ranks: Ranks, *,
     step: int, seed: int, lr: float, clip_grad: float | None, device: torch.device, counts: Sequence[float] = (),
+    passes: Passes | None = None,
 ) -> StepResult:  # fmt: skip
     """Runs the packs of this rank and updates the weights once.
 
@@ -51,11 +53,24 @@ def train_step(
 
     Args:
         counts: numbers of this rank that are summed over ranks on the way, exact up to 2^24.
+        passes: how a pack's forward and backward pass are launched; None: op by op.
     Raises:
         NotFinite: loss or gradient is not finite (with fp16: even at scale 1). No weight was touched.
     """
+    passes = Passes(device) if passes is None else passes
+    with passes.stream():
+        return _step(
+            model, packs, optimizer, scaler, ranks, passes,
+            step=step, seed=seed, lr=lr, clip_grad=clip_grad, counts=counts,
+        )  # fmt: skip
+
+
+def _step(
+    model: nn.Module, packs: Sequence[Pack], optimizer: Optimizer, scaler: LossScaler, ranks: Ranks, passes: Passes, *,
+    step: int, seed: int, lr: float, clip_grad: float | None, counts: Sequence[float],
+) -> StepResult:  # fmt: skip
     while True:
-        totals = _accumulate(model, packs, scaler.scale, ranks, counts, step=step, seed=seed, device=device)
+        totals = _accumulate(model, packs, scaler.scale, ranks, counts, passes, step=step, seed=seed)
         norm = optimizer.step(lr, scale=scaler.scale, clip_grad=clip_grad, guard=totals[0])
         grad_norm, loss, *sums = torch.cat((norm.view(1), totals)).tolist()  # the step's one wait for the device
         if math.isfinite(loss) and math.isfinite(grad_norm):
@@ -73,19 +88,26 @@ def train_step(
 
 
 def _accumulate(
-    model: nn.Module, packs: Sequence[Pack], scale: float, ranks: Ranks, counts: Sequence[float], *,
-    step: int, seed: int, device: torch.device,
+    model: nn.Module, packs: Sequence[Pack], scale: float, ranks: Ranks, counts: Sequence[float], passes: Passes, *,
+    step: int, seed: int,
 ) -> Tensor:  # fmt: skip
-    """Adds the gradients of the packs up; returns loss and counts, summed over ranks, fp32 [1 + counts]."""
-    totals = torch.tensor([0.0, *counts]).to(device, non_blocking=True)
+    """Adds the gradients of the packs up; returns loss and counts, summed over ranks, fp32 [1 + counts].
+
+    Numbers go to the device as arguments of kernels that fill tensors: a copy from the host would wait for it.
+    """
+    scalars = passes.scalars
+    scalars.loss.zero_()
+    scalars.scale.fill_(scale * ranks.world)  # DDP takes the mean over ranks; the step wants the sum
     for index, pack in enumerate(packs):
-        number = dropout_seed(seed, step, index * ranks.world + ranks.rank)  # its place in the loader's plan
-        pack_seed = torch.full((1,), number, dtype=torch.int64, device=device)
+        number = index * ranks.world + ranks.rank  # its place in the loader's plan
+        scalars.seed.fill_(dropout_seed(seed, step, number))
         is_last = index == len(packs) - 1
         with nullcontext() if is_last or not isinstance(model, DistributedDataParallel) else model.no_sync():
-            loss: Tensor = model(pack.to(device), pack_seed)
-            (loss * (scale * ranks.world)).backward()  # DDP takes the mean over ranks; the step wants the sum
-        totals[0] += loss.detach()
+            passes.run(model, pack)
+    totals = scalars.loss.new_empty(1 + len(counts))
+    totals[0].copy_(scalars.loss)
+    for place, count in enumerate(counts, start=1):
+        totals[place].fill_(count)
     return ranks.sum(totals)
 
 

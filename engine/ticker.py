@@ -1,4 +1,4 @@
-"""A count now and then while something long goes on: weights that load, problems that are scored."""
+"""A count now and then while something long goes on, such as problems that are scored."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ from engine.data.images import TileReader
 from engine.data.layout import Layout
 from engine.data.tokenizer import Tokenizer
 from engine.errors import UsageError
+from engine.plan.unpacked_memory import use_memory
 from engine.precision import choose_device, choose_dtype
-from engine.unpacked_memory import use_memory
 from kernels.dispatch import set_backend
 from models.vlm import VisionLanguageModel
 

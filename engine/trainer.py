@@ -19,6 +19,7 @@ from engine.data.loader import StepLoader
 from engine.data.packing import filled_tokens
 from engine.distributed import Ranks
 from engine.errors import Stopped
+from engine.graphs import Passes
 from engine.metrics import Ema, Metrics
 from engine.optim import Optimizer
 from engine.progress import Progress
@@ -52,6 +53,7 @@ class Trainer:
     model: VisionLanguageModel
     wrapped: nn.Module  # the model, or DDP around it
     loader: StepLoader
+    passes: Passes
     optimizer: Optimizer
     schedule: CosineSchedule
     scaler: LossScaler
@@ -126,6 +128,7 @@ class Trainer:
             self.wrapped, packs, self.optimizer, self.scaler, self.ranks,
             step=step, seed=self.config.seed, lr=self.schedule(step), clip_grad=self.config.optim.clip_grad,
             device=self.device, counts=(sum(map(filled_tokens, packs)), sum(p.input_ids.numel() for p in packs)),
+            passes=self.passes,
         )  # fmt: skip
 
     def _count(self, step: int, result: StepResult, seconds: float) -> dict[str, float]:

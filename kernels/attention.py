@@ -39,7 +39,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels.attention_kernels import attention_dkdv_kernel, attention_dq_kernel, attention_forward_kernel
 from kernels.attention_peers import PEERS, Attend, missing
-from kernels.dispatch import card, choose, launch, primitive, run, unit_stride
+from kernels.dispatch import card, choose, launch, on_another_card, primitive, run, unit_stride
 from kernels.launches import ANY, Launch
 
 WIDEST = 128  # channels of a head that the own kernels take
@@ -194,7 +194,7 @@ def _missing(name: str) -> str:
     if name != "triton":
         return missing(name)
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    return "" if interpreted or torch.cuda.is_available() else "no CUDA device"
+    return "" if interpreted or on_another_card() or torch.cuda.is_available() else "no CUDA device"
 
 
 @dataclass(frozen=True, slots=True)

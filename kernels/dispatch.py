@@ -23,7 +23,7 @@ from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast, get_args
 import torch
 from torch import Tensor
 
-from kernels.launches import LAUNCHES, OWN_PRODUCTS, Launch, Products
+from kernels.launches import LAUNCHES, OWN_PRODUCTS, PROCESSORS, Launch, Products
 
 Backend = Literal["auto", "triton", "cuda", "reference"]
 
@@ -125,8 +125,11 @@ def choose(
 def record(op: str, backend: str, reason: str) -> None:
     """Remember what runs `op`, and log it the first time and whenever it changes.
 
-    `backend` is a `Backend` or, where an op has none of ours, what else it runs on.
+    `backend` is a `Backend` or, where an op has none of ours, what else it runs on. Under `as_on_card` nothing runs,
+    and nothing is remembered.
     """
+    if _targets:
+        return
     if _decisions.get(op) != backend:
         _decisions[op] = backend
         wanted = _backend()
@@ -198,7 +201,10 @@ def recording(recorder: Recorder) -> Iterator[None]:
 
 @contextmanager
 def as_on_card(card: int) -> Iterator[None]:
-    """Launchers choose as they would on a card of this compute capability (90), and launch nothing."""
+    """Launchers choose as they would on a card of this compute capability (90), and launch nothing.
+
+    Ops take meta tensors then as that card takes its own, by the automatic choice and with everything installed.
+    """
     _targets.append(card)
     try:
         yield
@@ -224,8 +230,15 @@ def _capability(index: int | None) -> int:
     return 10 * major + minor
 
 
+def on_gpu(x: Tensor) -> bool:
+    """Whether `x` is on a GPU, or stands for a tensor there."""
+    return x.is_cuda or bool(_targets and _targets[-1])
+
+
 def processors(x: Tensor) -> int:
     """Streaming multiprocessors of the card of `x`; a few for the emulator."""
+    if _targets:
+        return PROCESSORS.get(_targets[-1], EMULATED_PROCESSORS)
     return _multiprocessors(x.device.index) if x.is_cuda else EMULATED_PROCESSORS
 
 
@@ -290,6 +303,8 @@ def wide(x: Tensor) -> Tensor:
 
 
 def _backend() -> str:
+    if _targets:
+        return "auto"
     if "backend" in _settings:
         return _settings["backend"]
     return _checked(os.environ.get("NIBBLE_KERNELS", "auto"), "NIBBLE_KERNELS")
@@ -297,7 +312,8 @@ def _backend() -> str:
 
 def _obstacle(backend: str, x: Tensor) -> str:
     """Why `backend` cannot run on `x`; empty where it can."""
-    if backend == "reference" or (x.dtype != torch.float64 and (x.is_cuda or _runs_on_the_cpu(backend))):
+    runs = x.is_cuda or (bool(_targets) and backend in ("triton", "cuda")) or _runs_on_the_cpu(backend)
+    if backend == "reference" or (x.dtype != torch.float64 and runs):
         return ""
     return f"{x.dtype} tensor on {x.device.type}"
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kernels import dequantize_nf4, int8, library
-from kernels.dispatch import PRIMITIVES, card, primitive, processors
+from kernels.dispatch import PRIMITIVES, card, on_another_card, primitive, processors
 from kernels.int8 import Int8Tensor
 from kernels.launches import FEW_ROWS, MOST_FEW_ROWS
 from kernels.nf4 import FusedNF4, NF4Tensor
@@ -116,7 +116,7 @@ def _quickest(primitive: str, x: Tensor) -> Callable[..., list[Tensor]]:
     """The launcher itself for plain tensors, past torch's dispatcher, which these ops need for nothing else than
     compiling and fake tensors: a third of the host time, and decoding without a graph waits for the host."""
     registered = PRIMITIVES[primitive]
-    plain = type(x) is Tensor and not torch.compiler.is_compiling()
+    plain = type(x) is Tensor and not torch.compiler.is_compiling() and not on_another_card()
     return registered.launcher if plain else registered.op
 
 

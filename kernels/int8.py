@@ -4,7 +4,7 @@
 
 1 + 4/K bytes a weight. Rounding is half to even; a row of zeros has scale 0 and codes 0. Unpacking is fp32 with one
 cast at the end; it reads 1 + 4/K bytes a weight and writes 2 (4 for fp32), csrc in one launch for the weights of a
-group.
+group. Packing goes through the rows in groups, of about as many weights as NF4's chunks have.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kernels import library
 from kernels.dispatch import choose, primitive
+from kernels.nf4 import chunk
 
 SMALLEST_SCALE = 1e-36  # 127 / scale overflows fp32 below 3.8e-37; the values of such a row round to nearly nothing
 
@@ -68,15 +69,19 @@ def quantize_int8(weight: Tensor, name: str = "") -> Int8Tensor:
         raise ValueError(f"{label}: int8 takes fp32, fp16 or bf16 weights, got {weight.dtype}")
     if weight.ndim != 2 or weight.numel() == 0:
         raise ValueError(f"{label}: int8 takes a non-empty matrix [N, K], got shape {tuple(weight.shape)}")
-    scale = weight.abs().amax(dim=1).float()
+    groups = range(0, weight.shape[0], max(1, chunk(weight.device) // weight.shape[1]))
+    size = groups.step
+    scale = torch.cat([weight[row : row + size].abs().amax(dim=1).float() for row in groups])
     if not bool(torch.isfinite(scale).all()):
         where = torch.nonzero(~torch.isfinite(weight))[0].tolist()
         raise ValueError(
             f"{label}: value {weight[where[0], where[1]].item()} at {where}; int8 takes finite weights only"
         )
     factor = 127.0 / scale.clamp(min=SMALLEST_SCALE)
-    codes = (weight.float() * factor[:, None]).round_().to(torch.int8)  # with the strides of the weight
-    return Int8Tensor(codes=codes.contiguous(), scale=scale, dtype=weight.dtype)
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    for row in groups:
+        codes[row : row + size] = (weight[row : row + size].float() * factor[row : row + size, None]).round_()
+    return Int8Tensor(codes=codes, scale=scale, dtype=weight.dtype)
 
 
 @torch.no_grad()

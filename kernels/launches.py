@@ -56,6 +56,10 @@ OWN_PRODUCTS: tuple[Products, ...] = ()
 MOST_FEW_ROWS = 64  # csrc/nibble.h: NIBBLE_MAX_TOKENS
 FEW_ROWS: dict[int, int] = {80: 64, 86: 64, 89: 64, 90: 64, 120: 64}
 
+# Streaming multiprocessors of a card of this compute capability, where none is here to be asked: A100, RTX 3090,
+# RTX 4090, H100 and H200, RTX 5090 (NVIDIA's data sheets).
+PROCESSORS: dict[int, int] = {80: 108, 86: 82, 89: 128, 90: 132, 120: 170}
+
 # What a kernel's time goes into besides its traffic: products on tensor cores. In all others a register spill is an
 # error of the configuration (python -m kernels.compile).
 COMPUTE_BOUND: set[str] = {

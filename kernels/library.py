@@ -73,6 +73,9 @@ FUNCTIONS = {
 }
 
 Function = Callable[..., int]
+Recorder = Callable[[str, Sequence[Tensor]], None]  # called with what `call` would launch, and all its tensors
+
+_recorders: list[Recorder] = []
 
 
 class _Library:
@@ -100,6 +103,8 @@ def missing() -> str:
 
 def available_for(x: Tensor) -> str:
     """Why csrc's kernels cannot take `x`, and what to do; empty where they can."""
+    if dispatch.on_another_card():
+        return ""
     if x.is_cuda:
         return missing() or _uncovered(x.device.index)
     if x.device.type != "cpu":
@@ -115,6 +120,8 @@ def call(function: str, tensors: Sequence[Tensor], *arguments: object) -> None:
     the library cannot take the first tensor.
     """
     first = tensors[0]
+    for recorder in _recorders:
+        recorder(function, tensors)
     if first.is_meta or dispatch.on_another_card():
         return
     if not first.is_cuda:
@@ -131,6 +138,16 @@ def call(function: str, tensors: Sequence[Tensor], *arguments: object) -> None:
             status = library.functions[function](*arguments, torch._C._cuda_getCurrentRawStream(device))
     if status:
         raise RuntimeError(f"{function}: {library.error(status)} (status {status})")
+
+
+@contextmanager
+def recording(recorder: Recorder) -> Iterator[None]:
+    """Calls `recorder` before each launch."""
+    _recorders.append(recorder)
+    try:
+        yield
+    finally:
+        _recorders.remove(recorder)
 
 
 def found() -> tuple[Path, build.Built] | None:

@@ -36,7 +36,7 @@ from kernels.activation import (
     bias_act_forward,
     check_activation,
 )
-from kernels.dispatch import choose, launch, own_product, primitive, run, unit_stride, wide
+from kernels.dispatch import choose, launch, on_gpu, own_product, primitive, run, unit_stride, wide
 
 BAND = 8
 
@@ -136,7 +136,7 @@ def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """dy [M, N], x [M, K] in one dtype -> dw = dy^T x [N, K] in the weight's dtype, rounded to it once."""
     if dtype == dy.dtype:
         return dy.T @ x
-    if dy.is_cuda and dtype == torch.float32:
+    if on_gpu(dy) and dtype == torch.float32:
         return torch.mm(dy.T, x, out_dtype=dtype)
     return (dy.T.float() @ x.float()).to(dtype)
 

@@ -41,7 +41,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels import unpacked
-from kernels.dispatch import choose, launch, primitive, run, wide
+from kernels.dispatch import choose, launch, on_gpu, primitive, run, wide
 from kernels.logarithm import logarithm
 from kernels.unpacked import Packed
 
@@ -224,7 +224,7 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype)
     """
     if a.dtype == dtype:
         return a @ b if total is None else total.addmm_(a, b)
-    if a.is_cuda:
+    if on_gpu(a):
         if total is None:
             return torch.mm(a, b, out_dtype=dtype)
         return torch.addmm(total, a, b, out_dtype=dtype, out=total)

@@ -19,7 +19,7 @@ absmax codes) are bitsandbytes' own and are kept for that reason. The mean runs 
 bitsandbytes its last bit follows torch's summation order, so it may depend on torch's thread count.
 
 Working memory: both directions go through the tensor in chunks and hold about 16 bytes for each weight of a chunk
-(4 MiB on the CPU, 64 MiB on a GPU) and 8 for each block besides input and output.
+(4 MiB on the CPU, 64 MiB on a GPU) and 8 for each block (0.13 a weight) besides input and output.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ BLOCK = 64  # weights that share one absmax
 BLOCK2 = 256  # absmax values that share one absmax2
 CHUNK_CPU = 1 << 18  # weights handled at a time, a multiple of BLOCK: as many as fit a core's cache,
 CHUNK_GPU = 1 << 22  # or as many as hide the launches
+CHUNK2 = 1 << 16  # absmax values handled at a time, a multiple of BLOCK2
 SMALLEST_ABSMAX = 1e-38  # below it a reciprocal overflows fp32
 
 LEVELS = (
@@ -189,12 +190,16 @@ def quantize_nf4(weight: Tensor, name: str = "") -> NF4Tensor:
     if weight.ndim != 2 or weight.numel() == 0:
         raise ValueError(f"{label}: NF4 takes a non-empty matrix [N, K], got shape {tuple(weight.shape)}")
     flat = weight.reshape(-1)
+    codes = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8, device=flat.device)
+    absmax = torch.empty(-(-flat.numel() // BLOCK), dtype=torch.float32)
     size = chunk(flat.device)
-    parts = [_quantize_chunk(flat, start, size, weight.shape[1], label) for start in range(0, flat.numel(), size)]
-    codes = torch.cat([codes for codes, _ in parts])
-    absmax = torch.cat([absmax for _, absmax in parts]).cpu()
+    for start in range(0, flat.numel(), size):
+        some_codes, some_absmax = _quantize_chunk(flat, start, size, weight.shape[1], label)
+        codes[start // 2 :][: len(some_codes)] = some_codes
+        absmax[start // BLOCK :][: len(some_absmax)] = some_absmax
     offset = absmax.mean()
-    absmax_codes, absmax2 = _quantize_absmax(absmax - offset)
+    groups = [_quantize_absmax(some - offset) for some in absmax.split(CHUNK2)]
+    absmax_codes, absmax2 = (torch.cat(parts) for parts in zip(*groups, strict=True))
     return NF4Tensor(
         codes=codes,
         absmax_codes=absmax_codes.to(weight.device),
@@ -229,8 +234,20 @@ def _quantize_chunk(flat: Tensor, start: int, size: int, columns: int, label: st
         raise ValueError(f"{label}: value {flat[index].item()} at {list(where)}; NF4 takes finite weights only")
     if scaled.numel() % 2:
         scaled = F.pad(scaled, (0, 1))
-    codes = torch.bucketize(scaled, _level_bounds(flat.device), out_int32=True).to(torch.uint8)
+    codes = _nearest_levels(scaled)
     return (codes[::2] << 4) | codes[1::2], absmax
+
+
+def _nearest_levels(scaled: Tensor) -> Tensor:
+    """Codes uint8 [m] of fp32 [m]: the bounds below each value, counted. On a CPU 15 vectorised comparisons take a
+    quarter of a search's time."""
+    if scaled.device.type != "cpu":
+        return torch.bucketize(scaled, _level_bounds(scaled.device), out_int32=True).to(torch.uint8)
+    codes = torch.zeros(scaled.shape, dtype=torch.uint8)
+    above = torch.empty(scaled.shape, dtype=torch.bool)
+    for bound in _level_bounds(scaled.device).tolist():
+        codes += torch.gt(scaled, bound, out=above).view(torch.uint8)
+    return codes
 
 
 def _quantize_absmax(centred: Tensor) -> tuple[Tensor, Tensor]:

@@ -144,7 +144,7 @@ def _forward_outputs(
 
 @primitive(
     "norm_mma_forward(Tensor x, Tensor? delta, Tensor norm_weight, Tensor? norm_bias, float eps, Tensor packed, "
-    "Tensor affine, Tensor mix, Tensor? row, float dropout, Tensor? seed, int site) "
+    "Tensor affine, Tensor mix, Tensor? row, float dropout, Tensor? seed, int site, bool as_sum=False) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_forward_outputs,
 )
@@ -161,15 +161,17 @@ def norm_mma_forward(
     dropout: float,
     seed: Tensor | None,
     site: int,
+    as_sum: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """x, delta with unit last stride, all else contiguous, packed and affine of `norm_mma_pack`.
+    """x, delta with unit last stride, all else contiguous, packed and affine of `norm_mma_pack`; as_sum: as if x were
+    the sum of two.
 
     -> stream [T, D] (without delta [0, 0]), y [T, D], mean [T] (RMSNorm: [0]), rstd [T], u [T, h] fp32.
     """
     stream, y, mean, rstd, u = _forward_outputs(x, delta, norm_weight, norm_bias, eps, packed, affine)
     tokens, channels = x.shape
     config = launch("norm_mma_forward", _size(x), x)
-    if delta is None and channels > config.cols:
+    if delta is None and not as_sum and channels > config.cols:
         config = replace(config, cols=2 * config.cols)  # as many bytes under way as with delta
     seed, limit, kept_scale = _dropout(dropout, seed)
     run(
@@ -309,6 +311,7 @@ class _NormMMA(torch.autograd.Function):
         dropout: float,
         seed: Tensor | None,
         site: int,
+        as_sum: bool,
         *adapter: Tensor,
     ) -> tuple[Tensor, Tensor]:
         if mix is None:
@@ -317,7 +320,7 @@ class _NormMMA(torch.autograd.Function):
             mix = route(_rows(x, delta, router), norm_weight, norm_bias, eps, router)
         packed, affine = norm_mma_pack(x.dtype, norm_weight, norm_bias, list(adapter), scale)
         stream, y, *statistics = norm_mma_forward(
-            x, delta, norm_weight, norm_bias, eps, packed, affine, mix, row, dropout, seed, site
+            x, delta, norm_weight, norm_bias, eps, packed, affine, mix, row, dropout, seed, site, as_sum
         )  # fmt: skip
         stream = x if delta is None else stream
         routing = router_w, router_b, router_rows
@@ -349,12 +352,12 @@ class _NormMMA(torch.autograd.Function):
                     norm_mma_dmix(dm, row, mix.shape[0]), mix, at_rows, norm_weight, norm_bias, eps, router
                 )  # fmt: skip
                 dx.index_add_(0, router_rows, drows)
-            if any(ctx.needs_input_grad[15:]):
+            if any(ctx.needs_input_grad[16:]):
                 flat = norm_mma_dadapter(dy, x, norm_weight, norm_bias, mix, row, scale, mean, rstd, u, du)
                 parts = torch.split(flat, [shape.numel() for shape in shapes])
                 dadapter = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
         ddelta = dx if ctx.needs_input_grad[1] else None
-        return dx, ddelta, None, None, None, dmix, drouter_w, drouter_b, *7 * [None], *dadapter
+        return dx, ddelta, None, None, None, dmix, drouter_w, drouter_b, *8 * [None], *dadapter
 
 
 def _rows(x: Tensor, delta: Tensor | None, router: Router) -> Tensor:
@@ -416,12 +419,15 @@ def add_norm_mma(
     dropout: float = 0.0,
     seed: Tensor | None = None,
     site: int = 0,
+    as_sum: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The residual stream x + delta, rounded to x's dtype (x itself where delta is None), and `norm_mma` of it.
 
     delta [T, D] of x's dtype, with a gradient, all else as in `norm_mma`. Backward both gradients are one kernel's:
     dx = ddelta = dstream + that of the norm and the adapter; an absent one is not read. A `Router` (kernels/router.py)
     computes mix from its rows of the stream, and has gradients in its place.
+    as_sum: without a delta too, take the tiles of a call that has one: of the stream that it returned the result is the
+    same bits, at some cost in speed.
     """
     adapter = (down_w, down_b, up0_w, up0_b, up1_w, up1_b)
     router = mix if isinstance(mix, Router) else None
@@ -439,7 +445,7 @@ def add_norm_mma(
         mix.contiguous() if isinstance(mix, Tensor) else None,
         *((router.weight, router.bias, router.temperature, router.rows) if router else (None, None, 1.0, None)),
         None if row is None else row.contiguous(), scale,
-        0.0 if seed is None else dropout, seed if dropout > 0.0 else None, site,
+        0.0 if seed is None else dropout, seed if dropout > 0.0 else None, site, as_sum,
         *(parameter.contiguous() for parameter in adapter),
     )  # fmt: skip
     return cast(tuple[Tensor, Tensor], both)

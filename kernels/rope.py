@@ -333,6 +333,12 @@ def _whole_heads(x: Tensor) -> bool:
     return x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == x.shape[2])
 
 
+def _memory(x: Tensor) -> int:
+    """What tells one tensor's memory from another's: on the meta device all addresses are 0."""
+    storage = x.untyped_storage()
+    return storage._cdata if x.is_meta else storage.data_ptr()
+
+
 def _check_inplace(q: Tensor, k: Tensor) -> None:
     if torch.is_grad_enabled() and any(x.requires_grad and (x if x._base is None else x._base).is_leaf for x in (q, k)):
         raise ValueError("rope(inplace=True) cannot overwrite a leaf that requires a gradient")
@@ -341,7 +347,7 @@ def _check_inplace(q: Tensor, k: Tensor) -> None:
         raise ValueError(
             f"rope(inplace=True) takes heads that are contiguous within a token, got strides {q.stride()}, {k.stride()}"
         )
-    if tokens and q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr():
+    if tokens and _memory(q) == _memory(k):
         first, second = sorted((q, k), key=Tensor.storage_offset)
         gap, stride = second.storage_offset() - first.storage_offset(), first.stride(0)
         one_after_the_other = gap >= (tokens - 1) * stride + first[0].numel()

@@ -28,7 +28,8 @@ CUDA graphs: what is captured has a ring of its own, in the graph's memory, and 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Protocol
@@ -263,12 +264,13 @@ def keep(group: Sequence[Packed], dtype: torch.dtype) -> None:
     _kept[key] = copies
 
 
-def forget() -> None:
-    """Every group is unpacked anew at its next use, kept ones excepted; the memory stays, but for that of captures."""
+def forget(*, memory: bool = False) -> None:
+    """Every group is unpacked anew at its next use, kept ones excepted. The memory stays, but for that of captures,
+    unless `memory` is given back too."""
     for where, ring in list(_rings.items()):
         ring.forget()
-        if where[-1]:
-            if torch.cuda.is_current_stream_capturing():
+        if where[-1] or memory:
+            if not where[-1] or torch.cuda.is_current_stream_capturing():
                 ring.join()
             del _rings[where]
 
@@ -279,6 +281,20 @@ def release() -> None:
     _rings.clear()
     _kept.clear()
     _followers.clear()
+
+
+@contextmanager
+def apart(size: int, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """What `weights` does inside has a buffer of its own, of `size` bytes from the start, and leaves no trace: for
+    counting on meta tensors."""
+    global counters, _settings, _rings, _kept, _followers
+    before = counters, _settings, _rings, _kept, _followers
+    counters, _settings, _rings, _kept, _followers = Counters(), _Settings(), {}, {}, {}
+    _ring(device, dtype).grow(size // dtype.itemsize)
+    try:
+        yield
+    finally:
+        counters, _settings, _rings, _kept, _followers = before
 
 
 def _ring(device: torch.device, dtype: torch.dtype) -> _Ring:

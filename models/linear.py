@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kernels.frozen_linear import input_gradient
 from kernels.int8 import Int8Tensor, quantize_int8
 from kernels.linear_int8 import linear_int8, linears_int8
 from kernels.linear_nf4 import linear_nf4, linears_nf4
@@ -37,7 +38,11 @@ class Linear(nn.Module):
         The rule works on the weight in its file's dtype, before any cast to the compute dtype.
         """
         weight = weight.to(device)
-        self.quantized = QuantizedWeight(quantize_nf4(weight, name) if bits == 4 else quantize_int8(weight, name))
+        self.hold(quantize_nf4(weight, name) if bits == 4 else quantize_int8(weight, name))
+
+    def hold(self, weight: Packed) -> None:
+        """Takes a weight [out, in] that is quantised already; frozen."""
+        self.quantized = QuantizedWeight(weight)
         self.weight = None
 
     def frozen_weight(self) -> FrozenWeight:
@@ -61,6 +66,15 @@ class Linear(nn.Module):
     def product(self, x: Tensor) -> Tensor:
         """x W^T without the bias, for an op that adds it: [T, in] -> [T, out]."""
         return self._linear(x, None)
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether neither weight nor bias is trained."""
+        return not any(p is not None and p.requires_grad for p in (self.weight, self.bias))
+
+    def input_gradient(self, dy: Tensor) -> Tensor:
+        """The gradient of x [T, in] from that of y [T, out], of a frozen layer; not differentiable."""
+        return input_gradient((dy,), (self.frozen_weight(),))
 
     def extra_repr(self) -> str:
         storage = self.quantized.kind.__name__ if self.quantized is not None else "16/32-bit"

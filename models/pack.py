@@ -7,17 +7,20 @@
 
 LaVIN's modality token sees only itself and is seen by no other token; as a segment of its own, plain causal
 attention within segments gives exactly that mask. It depends only on the modality, so a pack carries two of them.
+
+Images come as tiles for the tower or, where a frozen tower has seen them before, as its features.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-P = TypeVar("P", "Segments", "Pack")
+P = TypeVar("P", bound="Segments | FeatureRows | Pack")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +33,15 @@ class Segments:
     router_row: Tensor  # int32 [T], which router row (0 text, 1 image+text) routes this token
 
     def to(self, device: torch.device | str) -> Segments:
-        return _to(self, device)
+        return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeatureRows:
+    """Rows of a table of features (engine/tower_cache.py) for a pack of N images, n of which are new as tiles."""
+
+    of_images: Tensor  # int64 [N]
+    of_tiles: Tensor  # int64 [n], where the tower's output for each tile is to be put
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,17 +58,36 @@ class Pack:
     labels: Tensor  # int64 [L], that next token
     weights: Tensor  # fp32 [L], its share of the step's loss
     num_samples: int
+    features: Tensor | None = None  # [N, K, W], the output of a frozen tower; then there are no tiles
+    feature_rows: FeatureRows | None = None  # where `features` will come from; gone once they are there
 
     def to(self, device: torch.device | str) -> Pack:
-        return _to(self, device)
+        return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Pack:
+        """A copy in memory from which a GPU copies without the host waiting."""
+        return map_tensors(self, Tensor.pin_memory)
 
 
-def _to(value: P, device: torch.device | str) -> P:
-    moved: dict[str, Any] = {}
+def map_tensors(value: P, function: Callable[[Tensor], Tensor]) -> P:
+    """The same with another tensor for each of its tensors."""
+    new: dict[str, Any] = {}
     for field in fields(value):
         item = getattr(value, field.name)
         if isinstance(item, Tensor):
-            moved[field.name] = item.to(device, non_blocking=True)
-        elif isinstance(item, Segments):
-            moved[field.name] = item.to(device)
-    return replace(value, **moved)
+            new[field.name] = function(item)
+        elif isinstance(item, Segments | FeatureRows):
+            new[field.name] = map_tensors(item, function)
+    return replace(value, **new)
+
+
+def named_tensors(value: Segments | FeatureRows | Pack, prefix: str = "") -> dict[str, Tensor]:
+    """Every tensor by its name, `segments.cu_seqlens`, in a fixed order."""
+    found: dict[str, Tensor] = {}
+    for field in fields(value):
+        item = getattr(value, field.name)
+        if isinstance(item, Tensor):
+            found[prefix + field.name] = item
+        elif isinstance(item, Segments | FeatureRows):
+            found |= named_tensors(item, f"{prefix}{field.name}.")
+    return found

@@ -1,7 +1,9 @@
-"""Fills a model that was built on the meta device, one tensor at a time: quantised, cast and placed as it arrives.
+"""Fills a model that was built on the meta device, one tensor at a time: quantized, cast and placed as it arrives.
 
 Host and device peaks are the model as it is stored plus one tensor; nothing is ever whole in 16 bits. Where a module
 says `keeps_fp32`, its own tensors are not cast: they are small, and rounding them would be for nothing.
+
+What was quantized before (by an earlier run) may arrive packed; it is copied as it is.
 """
 
 from __future__ import annotations
@@ -11,32 +13,40 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from kernels.int8 import Int8Tensor
+from kernels.nf4 import NF4Tensor
 from models.linear import Linear
+from models.quantized import Packed, Spec, from_parts, part_specs, parts
 from models.weights.errors import WeightsError
+from models.weights.host_memory import trim_heap
+
+TRIMMED_BYTES = 1 << 20  # tensors from this size on are followed by a look at the heap, which takes a millisecond
+Bits = Callable[[str], int]  # of a linear's weight by its name in the module: 4, 8 or 16
 
 
 def fill(
-    module: nn.Module, stream: Iterable[tuple[str, Tensor]], *, bits: Callable[[str], int], device: torch.device,
+    module: nn.Module, stream: Iterable[tuple[str, Tensor | Packed]], *, bits: Bits, device: torch.device,
     dtype: torch.dtype, source: str, on_tensor: Callable[[str], None] | None = None,
 ) -> None:  # fmt: skip
     """Gives `module` its frozen weights.
 
-    `stream` yields (name within the module, tensor in its file's dtype); `bits` says for a linear's weight how it is
-    stored (4, 8 or 16). Parameters that need a gradient keep it. Adapters, which no base file holds, are not expected.
+    `stream` yields (name within the module, tensor in its file's dtype, or a packed weight); `bits` says for a linear's
+    weight how it is stored (4, 8 or 16). Parameters that need a gradient keep it. Adapters, which no base file holds,
+    are not expected.
 
     Raises:
         WeightsError: tensors are missing, unexpected or of another shape; the message lists them. Or a value is not
-            finite where the weight is quantised.
+            finite where the weight is quantized.
     """
-    expected = {name: p.shape for name, p in module.named_parameters() if "_adapter." not in name}
+    expected = _expected(module)
     extra: list[str] = []
     mismatched: list[str] = []
     for name, tensor in stream:
         shape = expected.pop(name, None)
         if shape is None:
             extra.append(name)
-        elif shape != tensor.shape:
-            mismatched.append(f"{name}: file {tuple(tensor.shape)}, model {tuple(shape)}")
+        elif shape != tuple(tensor.shape):
+            mismatched.append(f"{name}: file {tuple(tensor.shape)}, model {shape}")
         else:
             try:
                 _place(module, name, tensor, bits(name), device, dtype)
@@ -44,17 +54,67 @@ def fill(
                 raise WeightsError(source, str(error), do="copy the weights again") from error
             if on_tensor is not None:
                 on_tensor(name)
+        nbytes = tensor.nbytes
+        del tensor  # before the next one is made
+        if nbytes >= TRIMMED_BYTES:
+            trim_heap()
     if expected or extra or mismatched:
         raise WeightsError(source, missing=sorted(expected), extra=extra, mismatched=mismatched)
 
 
-def _place(module: nn.Module, name: str, tensor: Tensor, bits: int, device: torch.device, dtype: torch.dtype) -> None:
+def specs(module: nn.Module, *, bits: Bits, dtype: torch.dtype) -> dict[str, Spec]:
+    """Every tensor that `fill` will give to `module`, as it will be stored: {name: (dtype, shape)}, the parts of a
+    packed weight as name.part."""
+    found: dict[str, Spec] = {}
+    for name, shape in _expected(module).items():
+        owner = module.get_submodule(name.rpartition(".")[0])
+        if is_packed(module, name, bits(name)):
+            rows, columns = shape
+            found |= {f"{name}.{part}": spec for part, spec in part_specs((rows, columns), bits(name)).items()}
+        else:
+            found[name] = (_dtype(owner, dtype), shape)
+    return found
+
+
+def stored(module: nn.Module, name: str) -> Tensor | Packed:
+    """What `fill` made of the tensor of this name."""
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
-    old = getattr(owner, leaf)
-    if isinstance(owner, Linear) and leaf == "weight" and bits < 16:
+    if isinstance(owner, Linear) and leaf == "weight":
+        return owner.frozen_weight()
+    return module.get_parameter(name)
+
+
+def is_packed(module: nn.Module, name: str, bits: int) -> bool:
+    """Whether a tensor is stored in `bits` < 16: linears' weights are."""
+    path, _, leaf = name.rpartition(".")
+    return bits < 16 and leaf == "weight" and isinstance(module.get_submodule(path), Linear)
+
+
+def _expected(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(p.shape) for name, p in module.named_parameters() if "_adapter." not in name}
+
+
+def _dtype(owner: nn.Module, dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if getattr(owner, "keeps_fp32", False) else dtype
+
+
+def _place(
+    module: nn.Module, name: str, tensor: Tensor | Packed, bits: int, device: torch.device, dtype: torch.dtype
+) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    packed = is_packed(module, name, bits)
+    if isinstance(tensor, NF4Tensor | Int8Tensor):
+        if not packed or isinstance(tensor, NF4Tensor) != (bits == 4):
+            raise ValueError(f"{name} arrived as {type(tensor).__name__}, and {bits} bits are asked for")
+        copies = {part: each.to(device, copy=True) for part, each in parts(tensor).items()}
+        assert isinstance(owner, Linear)
+        owner.hold(from_parts(copies, tensor.shape, tensor.dtype))
+    elif packed:
+        assert isinstance(owner, Linear)
         owner.quantize(tensor, bits=bits, device=device, name=name)
-        return
-    dtype = torch.float32 if getattr(owner, "keeps_fp32", False) else dtype
-    new = nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=old.requires_grad)
-    setattr(owner, leaf, new)
+    else:
+        old = getattr(owner, leaf)
+        new = nn.Parameter(tensor.to(device, _dtype(owner, dtype), copy=True), requires_grad=old.requires_grad)
+        setattr(owner, leaf, new)

@@ -9,16 +9,48 @@ alone, so none of them can round a scale. `offset` has a dimension because FSDP2
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kernels.int8 import Int8Tensor
-from kernels.nf4 import NF4Tensor
+from kernels.nf4 import BLOCK, BLOCK2, NF4Tensor
 
 Packed = NF4Tensor | Int8Tensor
+Spec = tuple[torch.dtype, tuple[int, ...]]  # what is known of a tensor before it is there
+
+
+def parts(weight: Packed) -> dict[str, Tensor]:
+    """The tensors of a packed weight, scales in fp32, for a file of them; `from_parts` puts them together again."""
+    if isinstance(weight, Int8Tensor):
+        return {"codes": weight.codes, "scale": weight.scale}
+    offset = weight.offset.view(1)
+    return {"codes": weight.codes, "absmax_codes": weight.absmax_codes, "absmax2": weight.absmax2, "offset": offset}
+
+
+def part_specs(shape: tuple[int, int], bits: int) -> dict[str, Spec]:
+    """Dtypes and shapes of the `parts` of a weight [N, K] that will be quantized to 4 or 8 bits."""
+    if bits == 8:
+        return {"codes": (torch.int8, shape), "scale": (torch.float32, shape[:1])}
+    values = math.prod(shape)
+    blocks = -(-values // BLOCK)
+    return {
+        "codes": (torch.uint8, ((values + 1) // 2,)), "absmax_codes": (torch.uint8, (blocks,)),
+        "absmax2": (torch.float32, (-(-blocks // BLOCK2),)), "offset": (torch.float32, (1,)),
+    }  # fmt: skip
+
+
+def from_parts(tensors: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Packed:
+    """The weight [N, K] whose `parts` these are; `dtype` is what it was quantized from."""
+    if "scale" in tensors:
+        return Int8Tensor(codes=tensors["codes"], scale=tensors["scale"], dtype=dtype)
+    return NF4Tensor(
+        codes=tensors["codes"], absmax_codes=tensors["absmax_codes"], absmax2=tensors["absmax2"],
+        offset=tensors["offset"].view(()), shape=shape, dtype=dtype,
+    )  # fmt: skip
 
 
 class QuantizedWeight(nn.Module):

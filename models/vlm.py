@@ -13,14 +13,15 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from kernels.linear_cross_entropy import linear_cross_entropy
 from models.adapters.mma import AdapterConfig, MMAdapter, PlainAdapter
 from models.cache import KVCache
+from models.embedding import Embedding
 from models.language.llama import Context, Llama, LlamaConfig
 from models.pack import Pack, Segments
 from models.projector import Projector
+from models.recompute import ActivationPolicy, check_policy
 from models.vision.clip import NUM_TAPS, ClipConfig, ClipVision
 
 Part = Literal["frozen", "mma", "full"]
@@ -50,7 +51,6 @@ class VLMConfig:
     train_vision: Part = "mma"
     train_projector: Literal["frozen", "full"] = "full"
     drop_path: float = 0.0
-    gradient_checkpointing: bool = False
     legacy: Legacy = field(default_factory=Legacy)
 
 
@@ -63,7 +63,7 @@ class VisionLanguageModel(nn.Module):
         self.language = Llama(config.language)
         self.vision = ClipVision(config.vision)
         self.projector = Projector(config.vision.width, config.projector_hidden, config.language.dim)
-        self.modality_embedding = nn.Embedding(2, config.language.dim)
+        self.modality_embedding = Embedding(2, config.language.dim)
         if config.train_language == "mma":
             self.language.add_adapters(config.adapter, config.language_placement, 0)
         if config.train_vision == "mma":
@@ -73,8 +73,7 @@ class VisionLanguageModel(nn.Module):
         for block in self.language.blocks():
             block.drop_path = config.drop_path
             block.legacy_routing = config.legacy.block_routing
-        self.vision.checkpointing = config.gradient_checkpointing
-        self._rope: tuple[Tensor, Tensor] | None = None
+        self._ropes: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}  # kept: CUDA graphs read them
         self._mark_trainable()
 
     def _mark_trainable(self) -> None:
@@ -111,22 +110,46 @@ class VisionLanguageModel(nn.Module):
             part.to(device)
         self._mark_trainable()
 
+    @property
+    def activation_policy(self) -> ActivationPolicy:
+        """What each layer keeps for its backward pass; at first all that it needs."""
+        language, vision = self.language.blocks(), self.vision.blocks()
+        return ActivationPolicy(tuple(block.policy for block in language), tuple(block.policy for block in vision))
+
+    def use_activation_policy(self, policy: ActivationPolicy) -> None:
+        """From now on layers keep what `policy` says.
+
+        Raises:
+            ValueError: it is for another number of layers.
+        """
+        language, vision = self.language.blocks(), self.vision.blocks()
+        if (len(policy.language), len(policy.vision)) != (len(language), len(vision)):
+            raise ValueError(
+                f"the policy {policy.describe()} is for another model than one of {len(language)} layers and a tower "
+                f"of {len(vision)}"
+            )
+        for block, chosen in zip(language, policy.language, strict=True):
+            block.policy = check_policy(chosen)
+        for tower_block, chosen in zip(vision, policy.vision, strict=True):
+            tower_block.policy = check_policy(chosen)
+
     def _adapters(self) -> list[MMAdapter | PlainAdapter]:
         return [module for module in self.modules() if isinstance(module, MMAdapter | PlainAdapter)]
 
-    def image_tokens(self, tiles: Tensor, tile_router: Tensor, num_images: int, seed: Tensor | None) -> Tensor:
-        """tiles [N, 3, H, W] -> embeddings [num_images * 6, D] of the first `num_images` tiles."""
-        router = tile_router if self.config.legacy.clip_router else None
-        features = self.vision(tiles, router, seed)[:num_images]  # [M, 6, W]
-        return self.projector(features.flatten(0, 1))
+    def image_tokens(self, pack: Pack, seed: Tensor | None) -> Tensor | None:
+        """Embeddings [M * 6, D] of the pack's M images, from tiles or from features that the tower gave before."""
+        num_images = pack.image_slots.numel() // NUM_TAPS
+        features = pack.features
+        if pack.tiles is not None:
+            features = self.vision(pack.tiles, pack.tile_router if self.config.legacy.clip_router else None, seed)
+        return None if features is None else self.projector(features[:num_images].flatten(0, 1))
 
     def embed(self, pack: Pack, seed: Tensor | None) -> Tensor:
         """Token, image and modality embeddings in place: [T, D]."""
         x = self.language.embed(pack.input_ids)
-        if pack.tiles is not None:
-            num_images = pack.image_slots.numel() // NUM_TAPS
-            image = self.image_tokens(pack.tiles, pack.tile_router, num_images, seed).to(x.dtype)
-            x = x.index_copy(0, pack.image_slots, image)
+        image = self.image_tokens(pack, seed)
+        if image is not None:
+            x = x.index_copy(0, pack.image_slots, image.to(x.dtype))
         return x.index_copy(0, pack.modality_rows, self.modality_embedding.weight.to(x.dtype))
 
     def blocks(
@@ -142,13 +165,7 @@ class VisionLanguageModel(nn.Module):
         )
         delta: Tensor | None = None
         for i, layer in enumerate(self.language.blocks()):
-            if cache is not None:
-                x, delta = layer(x, delta, context, cache.layers[i])
-            elif self.config.gradient_checkpointing and torch.is_grad_enabled():
-                x = _sum(x, delta)  # one tensor to keep instead of two
-                x, delta = checkpoint(layer, x, None, context, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x, delta = layer(x, delta, context)
+            x, delta = layer(x, delta, context, None if cache is None else cache.layers[i])
         return x, delta
 
     def hidden(self, pack: Pack, seed: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
@@ -181,9 +198,10 @@ class VisionLanguageModel(nn.Module):
         return linear_cross_entropy(rows, self.language.head.frozen_weight(), pack.labels, pack.weights)
 
     def _rope_table(self, longest: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        if self._rope is None or self._rope[0].shape[0] <= longest or self._rope[0].device != device:
-            self._rope = self.language.rope_table(max(2048, 2 * longest), device)
-        return self._rope
+        positions = max(2048, 1 << longest.bit_length())  # more than `longest`
+        if (device, positions) not in self._ropes:
+            self._ropes[device, positions] = self.language.rope_table(positions, device)
+        return self._ropes[device, positions]
 
     @staticmethod
     def _segment_of(segments: Segments) -> Tensor:  # int64 [T]: which segment each token is in

@@ -19,7 +19,7 @@ from engine.data.rows import parse_row
 from engine.errors import DataError, NibbleError
 from engine.flags import parse_chat, parse_eval, parse_train
 from engine.memory_size import gib
-from engine.plan import plan_without_weights
+from engine.plan.make import plan_without_weights
 from kernels import compile as compiler
 from scripts import verify_real
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.data.planning import MODALITY_ROWS, plan_packs, round_up
 from engine.data.sample import IGNORE, Sample
-from models.pack import Pack, Segments
+from models.pack import FeatureRows, Pack, Segments
 
 __all__ = [
     "Reduction",
@@ -61,6 +61,7 @@ def first_of_micro_batch(members: Sequence[int], micro_batch: int) -> tuple[list
 def collate(
     samples: Sequence[Sample], weights: Sequence[Tensor], tiles: Sequence[Tensor | None], *,
     routed_by: Sequence[int] | None = None, outside: Sequence[Tensor | None] = (), dummy_size: int = 0,
+    table_rows: Sequence[int] | None = None,
 ) -> Pack:  # fmt: skip
     """One pack of samples, in this order.
 
@@ -74,13 +75,16 @@ def collate(
         outside: tiles of routers that are not in this pack.
         dummy_size: H = W of a tile of zeros without image slots that is added where the pack has no tile (0: none is),
             so that every rank runs the tower and gradients meet.
+        table_rows: where a table has the features of each sample's image, 0 where it has none; `tiles` are then only of
+            images that the tower has not seen, and nothing is routed.
     Raises:
-        ValueError: a sample has image slots and no tile or the reverse, or its first token is a target (there is no
-            row that predicts it).
+        ValueError: a sample has image slots and no tile (or row) or the reverse, or its first token is a target (there
+            is no row that predicts it).
     """
-    for sample, tile in zip(samples, tiles, strict=True):
-        if bool(sample.image_slots) != (tile is not None):
-            found = f"{len(sample.image_slots)} image slots and {'a' if tile is not None else 'no'} tile"
+    shown = [tile is not None for tile in tiles] if table_rows is None else [row > 0 for row in table_rows]
+    for sample, has_image in zip(samples, shown, strict=True):
+        if bool(sample.image_slots) != has_image:
+            found = f"{len(sample.image_slots)} image slots and {'a' if has_image else 'no'} tile"
             raise ValueError(f"sample {sample.id!r} has {found}: it needs both or neither")
         if sample.labels[0] != IGNORE:
             raise ValueError(f"the first token of sample {sample.id!r} is a target, no row predicts it")
@@ -96,7 +100,7 @@ def collate(
         rows.append(start + targets - 1)
         labels.append(np.array(sample.labels, dtype=np.int64)[targets])
         shares.append(weight.numpy()[targets])
-    router, stacked = _route(tiles, routed_by, outside, dummy_size)
+    router, stacked = _route(tiles, routed_by, outside, dummy_size if table_rows is None else 0)
     return Pack(
         input_ids=torch.from_numpy(input_ids),
         segments=_segments(samples, lengths, len(input_ids)),
@@ -108,6 +112,7 @@ def collate(
         labels=_padded(labels, np.int64),
         weights=_padded(shares, np.float32),
         num_samples=len(samples),
+        feature_rows=None if table_rows is None else _feature_rows(table_rows, tiles, dummy=dummy_size > 0),
     )
 
 
@@ -127,6 +132,16 @@ def _segments(samples: Sequence[Sample], lengths: np.ndarray, total: int) -> Seg
         max_seqlen=int(sizes.max()),
         position_ids=torch.from_numpy(positions.astype(np.int32)),
         router_row=torch.from_numpy(np.repeat(has_image, sizes).astype(np.int32)),
+    )
+
+
+def _feature_rows(rows: Sequence[int], tiles: Sequence[Tensor | None], *, dummy: bool) -> FeatureRows | None:
+    of_images = [row for row in rows if row] or [0] * dummy  # row 0 of a table is zeros
+    of_tiles = [row for row, tile in zip(rows, tiles, strict=True) if tile is not None]
+    if not of_images:
+        return None
+    return FeatureRows(
+        of_images=torch.tensor(of_images, dtype=torch.int64), of_tiles=torch.tensor(of_tiles, dtype=torch.int64)
     )
 
 

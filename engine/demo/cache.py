@@ -23,6 +23,11 @@ def cache_root() -> Path:
     return Path(os.environ.get("NIBBLE_CACHE") or Path.home() / ".cache" / "nibble")
 
 
+def quantized_weights() -> Path:
+    """The folder of engine/loading/cache.py: what was quantised once, a folder for each model."""
+    return cache_root() / "weights"
+
+
 def demo_base() -> Path:
     """A folder with params.json, consolidated.00.pth, tokenizer.model and tower/ (a Hugging Face CLIP tower)."""
     from engine.demo.base import unpack_base

@@ -12,6 +12,7 @@ What is asked for beyond it buys, in this order:
         backward pass begins with them
 
 Where all layers fit, nothing of them is left to unpack, and no scratch is needed. Copies change no bit of a result.
+"auto" asks for what the memory budget of a training run leaves (memory_budget.py), and elsewhere for nothing.
 """
 
 from __future__ import annotations
@@ -67,16 +68,32 @@ def divide(
     return Share(scratch, budget - scratch - left, copied, why)
 
 
-def share_of(config: Config, model: Llama, itemsize: int, *, on_cuda: bool) -> Share | None:
+def share_of(config: Config, model: Llama, itemsize: int, *, on_cuda: bool, spare: int = 0) -> Share | None:
     """What this configuration does with activations of `itemsize` bytes; None where no layer is quantised. The model
-    may be on the meta device and without weights."""
+    may be on the meta device and without weights. `spare`: bytes that "auto" takes beyond what is always there."""
     if BITS[config.bits] == 16:
         return None
-    layers = [[_unpacked_bytes(group, itemsize) for group in block.groups()] for block in model.blocks()]
-    head = 0 if BITS[config.model.bits_head] == 16 else _unpacked_bytes((model.head,), itemsize)
-    budget = parse_size(config.runtime.unpacked_memory) if on_cuda else 0
+    layers, head = _sizes(config, model, itemsize)
+    least = least_scratch(config, model, itemsize, on_cuda=on_cuda)
+    asked = config.runtime.unpacked_memory
+    budget = (least + spare if asked == "auto" else parse_size(asked)) if on_cuda else 0
+    recomputing = config.gradient_checkpointing or any(block.policy == "keep_input" for block in model.blocks())
     prefetch = config.runtime.prefetch and on_cuda
-    return divide(budget, layers, checkpointing=config.gradient_checkpointing, prefetch=prefetch, head=head)
+    return divide(budget, layers, checkpointing=recomputing, prefetch=prefetch, head=head)
+
+
+def least_scratch(config: Config, model: Llama, itemsize: int, *, on_cuda: bool) -> int:
+    """Bytes of the buffer that is there whatever is asked for; 0 where no layer is quantised."""
+    if BITS[config.bits] == 16:
+        return 0
+    layers, head = _sizes(config, model, itemsize)
+    return divide(0, layers, checkpointing=False, prefetch=config.runtime.prefetch and on_cuda, head=head).scratch
+
+
+def _sizes(config: Config, model: Llama, itemsize: int) -> tuple[list[list[int]], int]:
+    """Unpacked bytes of each layer's groups, and of the head where it is quantised."""
+    layers = [[_unpacked_bytes(group, itemsize) for group in block.groups()] for block in model.blocks()]
+    return layers, 0 if BITS[config.bits_head] == 16 else _unpacked_bytes((model.head,), itemsize)
 
 
 def _unpacked_bytes(group: Sequence[Linear], itemsize: int) -> int:
@@ -84,10 +101,10 @@ def _unpacked_bytes(group: Sequence[Linear], itemsize: int) -> int:
     return itemsize * -(-weights // unpacked.ALIGNMENT) * unpacked.ALIGNMENT
 
 
-def use_memory(config: Config, model: Llama, device: torch.device, dtype: torch.dtype) -> str:
+def use_memory(config: Config, model: Llama, device: torch.device, dtype: torch.dtype, spare: int = 0) -> str:
     """Makes the copies, for this process, and passes on the other settings of packed weights; after the weights have
-    their last place and value. Returns what was done."""
-    share = share_of(config, model, dtype.itemsize, on_cuda=device.type == "cuda")
+    their last place and value. `spare` as in `share_of`. Returns what was done."""
+    share = share_of(config, model, dtype.itemsize, on_cuda=device.type == "cuda", spare=spare)
     if share is None:
         return ""
     if device.type != "cuda":

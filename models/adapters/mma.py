@@ -23,6 +23,7 @@ from kernels.dropout import keep_mask
 from kernels.norm_mma import add_norm_mma
 from kernels.router import Router, router_mix
 from models.norm import Norm
+from models.recompute import recomputed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,22 +61,37 @@ class MMAdapter(nn.Module):
         """The router's weights [R, 2], fp32, of routing tokens x [R, D] (before the norm)."""
         return router_mix(norm(x), self.router.weight, self.router.bias, self.config.temperature)
 
+    def mix_all(self, norm: Norm, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The stream x + delta [T, D], and the router's weights [T, 2] of each of its tokens.
+
+        The norm that they are read from is computed again in the backward pass: kept in fp32, as the router's
+        gradient wants it, it would be as much as two streams.
+        """
+
+        def body(x: Tensor, delta: Tensor | None) -> tuple[Tensor, ...]:
+            x, n = norm.add(x, delta)
+            return x, x, router_mix(n, self.router.weight, self.router.bias, self.config.temperature)
+
+        x, mix = recomputed(body, None, x, delta, (*norm.parameters(), *self.router.parameters()))
+        return x, mix
+
     def routed_by(self, rows: Tensor) -> Router:
         """This adapter's router over the tokens `rows` int64 [R]; `forward` takes it in place of their mix."""
         return Router(self.router.weight, self.router.bias, self.config.temperature, rows)
 
     def forward(
         self, norm: Norm, x: Tensor, delta: Tensor | None, mix: Tensor | Router, row: Tensor | None,
-        seed: Tensor | None,
+        seed: Tensor | None, *, as_sum: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """x, delta [T, D] -> the stream x + delta (x without a delta) and its adapted norm, [T, D] each.
 
         `mix` [R, 2] and `row` [T] say how each token is routed (None: its own row); `seed` int64 [1] switches dropout
-        on."""
+        on; `as_sum`: of the stream that a call with a delta returned, get the same bits."""
         return add_norm_mma(
             x, delta, norm.weight, norm.bias, norm.eps,
             self.down.weight, self.down.bias, self.up0.weight, self.up0.bias, self.up1.weight, self.up1.bias,
             mix, row, scale=self.config.scale, dropout=self.config.dropout, seed=seed, site=self.site,
+            as_sum=as_sum,
         )  # fmt: skip
 
 

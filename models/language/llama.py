@@ -6,7 +6,9 @@ half-split order are brought into this order when they are read. `H` heads, `G` 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +19,11 @@ from kernels.rope import rope, rope_table
 from kernels.swiglu import swiglu
 from models.adapters.mma import AdapterConfig, MMAdapter
 from models.cache import LayerCache
+from models.embedding import Embedding
 from models.linear import Linear, linears
 from models.norm import Norm
 from models.pack import Segments
+from models.recompute import Policy, recomputed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +81,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """down(silu(gate x) * up x)."""
+    """down(hidden x), hidden x = silu(gate x) * up x."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -85,8 +89,8 @@ class MLP(nn.Module):
         self.up = Linear(config.dim, config.ffn_dim)
         self.down = Linear(config.ffn_dim, config.dim)
 
-    def forward(self, x: Tensor) -> Tensor:  # [T, D] -> [T, D]
-        return self.down(swiglu(*linears(x, self.gate, self.up), reuse=True))
+    def hidden(self, x: Tensor) -> Tensor:  # [T, D] -> [T, F]
+        return swiglu(*linears(x, self.gate, self.up), reuse=True)
 
 
 class Block(nn.Module):
@@ -99,6 +103,7 @@ class Block(nn.Module):
     def __init__(self, config: LlamaConfig, index: int) -> None:
         super().__init__()
         self.index = index
+        self.policy: Policy = "save_all"  # what is kept for the backward pass
         self.drop_path = 0.0  # probability that a segment skips a branch in training
         self.legacy_routing = False  # evaluate as LaVIN: the MLP adapter is routed by the stream before attention
         self.attention_norm = Norm(config.dim, config.norm_eps, bias=False)
@@ -117,10 +122,42 @@ class Block(nn.Module):
         self, x: Tensor, delta: Tensor | None, context: Context, cache: LayerCache | None = None
     ) -> tuple[Tensor, Tensor]:
         """x, delta [T, D] -> x, delta [T, D]"""
+        if self.policy == "keep_input" and cache is None:
+            body = partial(self._to_hidden, context=context)
+            x, delta = recomputed(body, self.mlp.down, x, delta, self.parameters())
+        elif self.policy == "recompute_mlp" and cache is None and not self._routed_early():
+            x, delta = self._attend(x, delta, context, None)
+            body = partial(self._mlp_to_hidden, context=context)
+            x, delta = recomputed(body, self.mlp.down, x, delta, self._mlp_parameters())
+        else:
+            x, delta = self._attend(x, delta, context, cache)
+            _, x, hidden = self._mlp_to_hidden(x, delta, context, cache)
+            delta = self.mlp.down(hidden)
+        return x, self._drop_path(delta, context, 1)
+
+    def _attend(
+        self, x: Tensor, delta: Tensor | None, context: Context, cache: LayerCache | None
+    ) -> tuple[Tensor, Tensor]:
+        """The first half: the stream that enters and what attention adds to it, [T, D] each."""
         x, h = self._norm(x, delta, self.attention_norm, self.attention_adapter, context, cache)
-        delta = self._drop_path(self.attention(h, context, cache), context, 0)
+        return x, self._drop_path(self.attention(h, context, cache), context, 0)
+
+    def _mlp_to_hidden(
+        self, x: Tensor, delta: Tensor | None, context: Context, cache: LayerCache | None = None
+    ) -> tuple[Tensor, ...]:
+        """The second half up to its last product: the stream that enters [T, D], the same as it leaves, and [T, F]."""
         x, h = self._norm(x, delta, self.mlp_norm, self.mlp_adapter, context, cache)
-        return x, self._drop_path(self.mlp(h), context, 1)
+        return x, x, self.mlp.hidden(h)
+
+    def _to_hidden(self, x: Tensor, delta: Tensor | None, context: Context) -> tuple[Tensor, ...]:
+        """Both: the stream that enters [T, D], the one that leaves, and [T, F]."""
+        x, delta = self._attend(x, delta, context, None)
+        return x, *self._mlp_to_hidden(x, delta, context)[1:]
+
+    def _mlp_parameters(self) -> Iterator[nn.Parameter]:
+        for part in (self.mlp_norm, self.mlp_adapter, self.mlp):
+            if part is not None:
+                yield from part.parameters()
 
     def _norm(
         self, x: Tensor, delta: Tensor | None, norm: Norm, adapter: MMAdapter | None, context: Context,
@@ -132,14 +169,18 @@ class Block(nn.Module):
         if context.router_rows is None:
             assert cache is not None
             return adapter(norm, x, delta, cache.mix[adapter.site], row, seed)
-        before_attention = norm is self.mlp_norm and self.legacy_routing and not self.training
+        before_attention = norm is self.mlp_norm and self._routed_early()
         if cache is None and not before_attention:
-            return adapter(norm, x, delta, adapter.routed_by(context.router_rows), row, seed)
+            return adapter(norm, x, delta, adapter.routed_by(context.router_rows), row, seed, as_sum=True)
         routing = x if delta is None or before_attention else x + delta
         mix = adapter.mix(norm, routing.index_select(0, context.router_rows))  # [R, 2]
         if cache is not None:
             cache.mix[adapter.site] = mix
         return adapter(norm, x, delta, mix, row, seed)
+
+    def _routed_early(self) -> bool:
+        """Whether the MLP's adapter reads the stream before attention, which a recomputation of the MLP has not."""
+        return self.legacy_routing and not self.training
 
     def _drop_path(self, branch: Tensor, context: Context, which: int) -> Tensor:
         if self.drop_path == 0.0 or context.seed is None:
@@ -160,7 +201,7 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        self.embed = Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.norm = Norm(config.dim, config.norm_eps, bias=False)
         self.head = Linear(config.dim, config.vocab_size)

@@ -6,18 +6,20 @@ tower's last norm and projection are neither run nor kept. `N` tiles of `P` = pa
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from kernels.activation import bias_act
 from kernels.attention import varlen_attention
 from models.adapters.mma import AdapterConfig, MMAdapter, PlainAdapter
 from models.linear import Linear, linears
 from models.norm import Norm
+from models.recompute import Policy, recomputed
 
 NUM_TAPS = 6  # image tokens: one for each block whose class token is taken
 
@@ -77,15 +79,15 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """down(quick_gelu(up x)), quick_gelu(x) = x sigmoid(1.702 x)."""
+    """down(hidden x), hidden x = quick_gelu(up x), quick_gelu(x) = x sigmoid(1.702 x)."""
 
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
         self.up = Linear(config.width, config.mlp_dim, bias=True)
         self.down = Linear(config.mlp_dim, config.width, bias=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(bias_act(self.up.product(x), self.up.bias, "quick_gelu", reuse=True))
+    def hidden(self, x: Tensor) -> Tensor:  # [N * P, W] -> [N * P, mlp_dim]
+        return bias_act(self.up.product(x), self.up.bias, "quick_gelu", reuse=True)
 
 
 class Block(nn.Module):
@@ -96,6 +98,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
+        self.policy: Policy = "save_all"  # what is kept for the backward pass
         self.attention_norm = Norm(config.width, config.norm_eps, bias=True)
         self.attention = Attention(config)
         self.mlp_norm = Norm(config.width, config.norm_eps, bias=True)
@@ -105,9 +108,39 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, delta: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
         """x, delta [N * P, W] -> x, delta [N * P, W]"""
+        if self.policy == "keep_input":
+            body = partial(self._to_hidden, context=context)
+            x, delta = recomputed(body, self.mlp.down, x, delta, self.parameters())
+        elif self.policy == "recompute_mlp":
+            x, delta = self._attend(x, delta, context)
+            body = partial(self._mlp_to_hidden, context=context)
+            x, delta = recomputed(body, self.mlp.down, x, delta, self._mlp_parameters())
+        else:
+            x, delta = self._attend(x, delta, context)
+            _, x, hidden = self._mlp_to_hidden(x, delta, context)
+            delta = self.mlp.down(hidden)
+        return x, delta
+
+    def _attend(self, x: Tensor, delta: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
+        """The first half: the stream that enters and what attention adds to it, [N * P, W] each."""
         x, h = _norm(x, delta, self.attention_norm, self.attention_adapter, context)
-        x, h = _norm(x, self.attention(h, context), self.mlp_norm, self.mlp_adapter, context)
-        return x, self.mlp(h)
+        return x, self.attention(h, context)
+
+    def _mlp_to_hidden(self, x: Tensor, delta: Tensor | None, context: Context) -> tuple[Tensor, ...]:
+        """The second half up to its last product: the stream that enters [N * P, W], the same as it leaves, and
+        [N * P, mlp_dim]."""
+        x, h = _norm(x, delta, self.mlp_norm, self.mlp_adapter, context)
+        return x, x, self.mlp.hidden(h)
+
+    def _to_hidden(self, x: Tensor, delta: Tensor | None, context: Context) -> tuple[Tensor, ...]:
+        """Both: the stream that enters [N * P, W], the one that leaves, and [N * P, mlp_dim]."""
+        x, delta = self._attend(x, delta, context)
+        return x, *self._mlp_to_hidden(x, delta, context)[1:]
+
+    def _mlp_parameters(self) -> Iterator[nn.Parameter]:
+        for part in (self.mlp_norm, self.mlp_adapter, self.mlp):
+            if part is not None:
+                yield from part.parameters()
 
 
 def _norm(
@@ -117,8 +150,8 @@ def _norm(
         return norm.add(x, delta)
     if isinstance(adapter, PlainAdapter):
         return adapter(norm, x, delta, context.seed)
-    x = x if delta is None else x + delta  # the router wants it too
-    return adapter(norm, x, None, adapter.mix(norm, x), context.router, context.seed)
+    x, mix = adapter.mix_all(norm, x, delta)
+    return adapter(norm, x, None, mix, context.router, context.seed)
 
 
 class ClipVision(nn.Module):
@@ -132,7 +165,6 @@ class ClipVision(nn.Module):
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
         self.config = config
-        self.checkpointing = False  # recompute each block in the backward pass
         self.patch_embed = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size, bias=False)
         self.class_embedding = nn.Parameter(torch.empty(config.width))
         self.position_embedding = nn.Parameter(torch.empty(config.num_tokens, config.width))
@@ -175,12 +207,8 @@ class ClipVision(nn.Module):
         taken = []
         delta: Tensor | None = None
         for done, layer in enumerate(self.blocks(), start=1):
-            if self.checkpointing and torch.is_grad_enabled():
-                x, delta = checkpoint(layer, x, delta, context, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x, delta = layer(x, delta, context)
-            if delta is not None and (done in self.config.taps or self.checkpointing):
-                x, delta = x + delta, None
+            x, delta = layer(x, delta, context)
             if done in self.config.taps:
+                x, delta = x + delta, None
                 taken.append(x[::tokens])  # the class tokens, [N, W]
         return torch.stack(taken, dim=1)

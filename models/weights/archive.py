@@ -6,6 +6,7 @@ files from before 1.6 (no zip) cannot be mapped and are held whole. A pickle is 
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 import zipfile
@@ -20,11 +21,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from models.weights.errors import WeightsError
+from models.weights.host_memory import drop_pages
 
 Shape = tuple[int, ...]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 FIRST_SAFE_TORCH = (2, 10)  # before it, weights_only could be bypassed (CVE-2025-32434, CVE-2026-24747)
+_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}  # safetensors' dtypes; others: 1
 ZIP_MAGIC = b"PK\x03\x04"
 NOT_WEIGHTS = {  # how files begin (in lower case) that stand where the weights should be
     b"version https://git-lfs": ("a Git LFS pointer, not the weights", "git lfs pull"),
@@ -43,11 +46,13 @@ _READ_ERRORS = (
 
 @dataclass(frozen=True, slots=True)
 class Archive:
-    """The tensors of one file. `shapes` has every name and is known before any tensor is read."""
+    """The tensors of one file. `shapes` and `sizes` have every name and are known before any tensor is read."""
 
     path: Path
     shapes: Mapping[str, Shape]
+    sizes: Mapping[str, int]  # bytes
     read: Callable[[str], Tensor]
+    is_mapped: bool  # what `read` returns are views of the mapped file; else everything is in memory as long as this is
 
     def fetch(self, name: str) -> Tensor:
         """One tensor in the file's dtype, fp16, bf16 or fp32 (a WeightsError otherwise)."""
@@ -56,6 +61,29 @@ class Archive:
             got = f"{tensor.dtype}, {tensor.layout}".replace("torch.", "")
             raise WeightsError(self.path, f"{name} is {got}; weights are dense and float16, bfloat16 or float32")
         return tensor
+
+    def release(self, name: str) -> None:
+        """Says that this tensor is not wanted for now: a mapped file's pages leave the process. They come back when
+        somebody reads them."""
+        if self.is_mapped:
+            drop_pages(self.read(name))
+
+
+class Reopened:
+    """A file that is opened when its tensors are asked for and forgotten by close(). In between, one that cannot be
+    mapped is held whole."""
+
+    def __init__(self, open_file: Callable[[], Archive]) -> None:
+        self._open_file = open_file
+        self._archive: Archive | None = None
+
+    def __call__(self) -> Archive:
+        if self._archive is None:
+            self._archive = self._open_file()
+        return self._archive
+
+    def close(self) -> None:
+        self._archive = None
 
 
 def open_archive(path: Path) -> Archive:
@@ -66,25 +94,29 @@ def open_archive(path: Path) -> Archive:
             pickle that wants to import more than tensors need.
     """
     if path.suffix != ".safetensors":
-        return archive_of(path, read_pickle(path))
+        mapped = check_file(path).startswith(ZIP_MAGIC)
+        return archive_of(path, read_pickle(path), is_mapped=mapped)
     check_file(path)
     try:
         file: Any = safe_open(path, framework="pt", device="cpu")
-        names = file.keys()
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+        shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+        sizes = {name: math.prod(shapes[name]) * _BYTES.get(part.get_dtype(), 1) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
         raise WeightsError(path, f"{DAMAGED}: {error}", do=GET_AGAIN) from error
-    return Archive(path, shapes, file.get_tensor)
+    return Archive(path, shapes, sizes, file.get_tensor, is_mapped=_reads_views(file.get_tensor, sizes))
 
 
-def archive_of(path: Path, values: object) -> Archive:
+def archive_of(path: Path, values: object, *, is_mapped: bool = False) -> Archive:
     """`values`, which was read from `path` and must be a dict of names to tensors."""
     if not isinstance(values, dict):
         raise WeightsError(path, f"holds a {type(values).__name__}; expected a dict of names to tensors")
     for name, value in values.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise WeightsError(path, f"entry {name!r} is a {type(value).__name__}; expected names with tensors")
-    return Archive(path, {name: tuple(value.shape) for name, value in values.items()}, values.__getitem__)
+    shapes = {name: tuple(value.shape) for name, value in values.items()}
+    sizes = {name: value.numel() * value.element_size() for name, value in values.items()}
+    return Archive(path, shapes, sizes, values.__getitem__, is_mapped)
 
 
 def read_pickle(path: Path, allowed: tuple[type, ...] = ()) -> object:
@@ -125,6 +157,15 @@ def is_torchscript(path: Path) -> bool:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise WeightsError(path, f"{DAMAGED}: {error}", do=GET_AGAIN) from error
+
+
+def _reads_views(read: Callable[[str], Tensor], sizes: Mapping[str, int]) -> bool:
+    """Whether two reads of a tensor give the same memory: the file's, not copies of it."""
+    smallest = min((name for name in sizes if sizes[name]), key=sizes.__getitem__, default=None)
+    if smallest is None:
+        return False
+    first, second = read(smallest), read(smallest)
+    return first.data_ptr() == second.data_ptr()
 
 
 def _explain(path: Path, error: BaseException) -> WeightsError:

@@ -6,9 +6,10 @@ Only what the tower runs is read: the text model, the tower's last norm and the 
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
-from models.weights.archive import check_file, is_torchscript, open_archive
+from models.weights.archive import Reopened, check_file, is_torchscript, open_archive
 from models.weights.clip_hf import open_hf_tower
 from models.weights.clip_openai import open_openai, open_program
 from models.weights.errors import WeightsError
@@ -37,9 +38,9 @@ def open_vision(path: str | Path) -> VisionSource:
             return open_vision(path / OPENAI_NAME)
         raise WeightsError(path, f"holds neither config.json (Hugging Face's layout) nor {OPENAI_NAME}")
     check_file(path)
-    archive = open_program(path) if is_torchscript(path) else open_archive(path)
-    if any(name.startswith("visual.") for name in archive.shapes):
-        return open_openai(archive)
+    file = Reopened(partial(open_program if is_torchscript(path) else open_archive, path))
+    if any(name.startswith("visual.") for name in file().shapes):
+        return open_openai(file)
     if (path.parent / "config.json").exists():
         return open_hf_tower(path.parent, [path])
     raise WeightsError(

@@ -6,8 +6,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor
-
 from models.vision.clip import ClipConfig
 from models.weights.hf_files import HfTensors
 from models.weights.names import Names, check_shapes, tower_config, vision_shapes
@@ -50,11 +48,16 @@ def open_hf_tower(folder: Path, files: Sequence[Path]) -> VisionSource:
     shapes = vision_shapes(config)
     check_shapes(folder, found, {theirs: shapes[name] for theirs, name in ours.items()})
 
-    def fetch(name: str) -> Tensor:
-        return tensors.fetch(prefix + NAMES.of(name))
+    def theirs(name: str) -> str:
+        return prefix + NAMES.of(name)
 
-    files_read = (settings.path, *tensors.files)
-    return VisionSource(config=config, files=files_read, names=tuple(ours[name] for name in found), fetch=fetch)
+    names = tuple(ours[name] for name in found)
+    return VisionSource(
+        config=config, files=(settings.path, *tensors.files), names=names,
+        sizes={name: tensors.sizes[theirs(name)] for name in names},
+        fetch=lambda name: tensors.fetch(theirs(name)), release=lambda name: tensors.release(theirs(name)),
+        close=tensors.close, allocated=lambda name: False,
+    )  # fmt: skip
 
 
 def _config(settings: Settings) -> ClipConfig:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from models.vision.clip import ClipConfig
-from models.weights.archive import Archive, Shape, archive_of
+from models.weights.archive import Archive, Reopened, Shape, archive_of
 from models.weights.errors import WeightsError
 from models.weights.names import Names, check_shapes, tower_config, vision_shapes
 from models.weights.source import VisionSource
@@ -59,8 +59,9 @@ def open_program(path: Path) -> Archive:
         return archive_of(path, dict(jit.load(path, map_location="cpu").state_dict()))
 
 
-def open_openai(archive: Archive) -> VisionSource:
-    """The tower in `archive`; a WeightsError where tensors are missing, unknown or of another shape."""
+def open_openai(file: Reopened) -> VisionSource:
+    """The tower in `file`; a WeightsError where tensors are missing, unknown or of another shape."""
+    archive = file()
     config = _config(archive)
     expected: dict[str, Shape] = {}
     for name, shape in vision_shapes(config).items():
@@ -70,10 +71,20 @@ def open_openai(archive: Archive) -> VisionSource:
 
     def fetch(name: str) -> Tensor:
         theirs, part = _their_name(name)
-        tensor = archive.fetch(theirs)
+        tensor = file().fetch(theirs)
         return tensor if part is None else tensor.chunk(3)[part]
 
-    return VisionSource(config=config, files=(archive.path,), names=tuple(vision_shapes(config)), fetch=fetch)
+    def size(name: str) -> int:
+        theirs, part = _their_name(name)
+        return archive.sizes[theirs] // (1 if part is None else 3)
+
+    names = tuple(vision_shapes(config))
+    source = VisionSource(
+        config=config, files=(archive.path,), names=names, sizes={name: size(name) for name in names}, fetch=fetch,
+        release=lambda name: file().release(_their_name(name)[0]), close=file.close, allocated=lambda name: False,
+    )  # fmt: skip
+    source.close()  # a program cannot be mapped: not in memory while the language model is read
+    return source
 
 
 def _their_name(name: str) -> tuple[str, int | None]:

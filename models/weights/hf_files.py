@@ -20,18 +20,30 @@ class HfTensors:
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = tuple(files)
         self.shapes: dict[str, Shape] = {}  # in the order of the files
+        self.sizes: dict[str, int] = {}  # bytes
         self._file_of: dict[str, Path] = {}
         self._open: Archive | None = None
         for path in self.files:
-            for name, shape in self._archive(path).shapes.items():
+            archive = self._archive(path)
+            for name, shape in archive.shapes.items():
                 if name in self.shapes:
                     raise WeightsError(path, f"{name} is also in {self._file_of[name].name}")
                 self.shapes[name] = shape
+                self.sizes[name] = archive.sizes[name]
                 self._file_of[name] = path
+            del archive  # with a file that cannot be mapped, before the next one comes
 
     def fetch(self, name: str) -> Tensor:
         """One tensor in its file's dtype."""
         return self._archive(self._file_of[name]).fetch(name)
+
+    def release(self, name: str) -> None:
+        """Lets go of the mapped pages of one tensor."""
+        self._archive(self._file_of[name]).release(name)
+
+    def close(self) -> None:
+        """Forgets the open file until somebody fetches from it."""
+        self._open = None
 
     def _archive(self, path: Path) -> Archive:
         if self._open is None or self._open.path != path:

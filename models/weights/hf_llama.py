@@ -49,16 +49,22 @@ def open_hf(folder: Path, *, unpermute: bool = True) -> LanguageSource:
         found.setdefault(NAMES.of("head.weight"), expected[NAMES.of("head.weight")])
     check_shapes(folder, found, expected)
 
-    def fetch(name: str) -> Tensor:
-        source = "embed.weight" if tied and name == "head.weight" else name
-        tensor = tensors.fetch(NAMES.of(source))
-        if unpermute and name.endswith(("attention.q.weight", "attention.k.weight")):
-            return to_interleaved(tensor, config.head_dim)
-        return tensor
+    def theirs(name: str) -> str:
+        return NAMES.of("embed.weight" if tied and name == "head.weight" else name)
 
+    def reordered(name: str) -> bool:
+        return unpermute and name.endswith(("attention.q.weight", "attention.k.weight"))
+
+    def fetch(name: str) -> Tensor:
+        tensor = tensors.fetch(theirs(name))
+        return to_interleaved(tensor, config.head_dim) if reordered(name) else tensor
+
+    names = tuple(ours[name] for name in found)
     return LanguageSource(
-        config=config, files=(settings.path, *tensors.files), names=tuple(ours[name] for name in found), fetch=fetch
-    )
+        config=config, files=(settings.path, *tensors.files), names=names,
+        sizes={name: tensors.sizes[theirs(name)] for name in names},
+        fetch=fetch, release=lambda name: tensors.release(theirs(name)), close=tensors.close, allocated=reordered,
+    )  # fmt: skip
 
 
 def to_interleaved(weight: Tensor, head_dim: int) -> Tensor:

@@ -6,13 +6,14 @@ embedding over their columns, norms are whole in every file. q and k are already
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from models.language.llama import LlamaConfig
-from models.weights.archive import Archive, Shape, open_archive
+from models.weights.archive import Archive, Reopened, Shape, open_archive
 from models.weights.errors import WeightsError
 from models.weights.names import Names, check_shapes, language_shapes
 from models.weights.settings import MOST_LAYERS, MOST_VOCABULARY, MOST_WIDTH, Settings, read_settings
@@ -47,21 +48,39 @@ def open_meta(folder: Path) -> LanguageSource:
             architecture, or tensors are missing, unknown or of another shape (all listed).
     """
     params = read_settings(folder / "params.json")
-    shards = [open_archive(path) for path in _shard_paths(folder)]
-    config = _config(params, shards)
+    paths = _shard_paths(folder)
+    shards = [Reopened(partial(open_archive, path)) for path in paths]
+    config = _config(params, shards[0](), len(shards))
     expected = language_shapes(config)
     local = {NAMES.of(name): _local(name, shape, len(shards)) for name, shape in expected.items()}
     for shard in shards:
-        check_shapes(shard.path, {n: s for n, s in shard.shapes.items() if n not in IGNORED}, local)
+        check_shapes(shard().path, {n: s for n, s in shard().shapes.items() if n not in IGNORED}, local)
+
+    def holding(name: str) -> list[Archive]:
+        """The shards that are read for this tensor."""
+        return [shard() for shard in (shards[:1] if _split_axis(name) is None else shards)]
+
+    def allocated(name: str) -> bool:
+        return len(shards) > 1 and _split_axis(name) is not None
 
     def fetch(name: str) -> Tensor:
-        theirs, axis = NAMES.of(name), _split_axis(name)
-        if axis is None or len(shards) == 1:
-            return shards[0].fetch(theirs)
-        return torch.cat([shard.fetch(theirs) for shard in shards], dim=axis)
+        parts = [shard.fetch(NAMES.of(name)) for shard in holding(name)]
+        axis = _split_axis(name)
+        return parts[0] if axis is None or len(parts) == 1 else torch.cat(parts, dim=axis)
 
-    files = (params.path, *(shard.path for shard in shards))
-    return LanguageSource(config=config, files=files, names=tuple(expected), fetch=fetch)
+    def release(name: str) -> None:
+        for shard in holding(name):
+            shard.release(NAMES.of(name))
+
+    def close() -> None:
+        for shard in shards:
+            shard.close()
+
+    return LanguageSource(
+        config=config, files=(params.path, *paths), names=tuple(expected),
+        sizes={name: sum(shard.sizes[NAMES.of(name)] for shard in holding(name)) for name in expected},
+        fetch=fetch, release=release, close=close, allocated=allocated,
+    )  # fmt: skip
 
 
 def _shard_paths(folder: Path) -> list[Path]:
@@ -75,7 +94,7 @@ def _shard_paths(folder: Path) -> list[Path]:
     return paths
 
 
-def _config(params: Settings, shards: list[Archive]) -> LlamaConfig:
+def _config(params: Settings, first: Archive, shards: int) -> LlamaConfig:
     dim = params.integer("dim", most=MOST_WIDTH)
     heads = params.integer("n_heads", most=dim)
     unknown = sorted(set(params.values) - KNOWN_KEYS)
@@ -87,20 +106,20 @@ def _config(params: Settings, shards: list[Archive]) -> LlamaConfig:
     params.only("use_scaled_rope", False)
     if dim % (2 * heads):
         raise WeightsError(params.path, f"dim {dim} is not an even head width times n_heads {heads}")
-    held = _rows(shards[0], "layers.0.attention.q.weight")
-    if held * len(shards) != dim:
+    held = _rows(first, "layers.0.attention.q.weight")
+    if held * shards != dim:
         raise WeightsError(
-            params.path.parent, f"{len(shards)} shards with {held} rows of q each do not make {dim}",
+            params.path.parent, f"{shards} shards with {held} rows of q each do not make {dim}",
             do=f"copy all {dim // held} consolidated.*.pth files" if held and dim % held == 0 else "",
         )  # fmt: skip
     vocabulary = params.integer("vocab_size", most=MOST_VOCABULARY, default=-1, least=-1)
     return LlamaConfig(
-        vocab_size=vocabulary if vocabulary > 0 else _rows(shards[0], "head.weight") * len(shards),
+        vocab_size=vocabulary if vocabulary > 0 else _rows(first, "head.weight") * shards,
         dim=dim,
         num_layers=params.integer("n_layers", most=MOST_LAYERS),
         num_heads=heads,
         num_kv_heads=heads,
-        ffn_dim=_rows(shards[0], "layers.0.mlp.gate.weight") * len(shards),
+        ffn_dim=_rows(first, "layers.0.mlp.gate.weight") * shards,
         norm_eps=params.real("norm_eps"),
     )
 

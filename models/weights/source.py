@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -21,17 +21,27 @@ class Source(Generic[ConfigT]):
 
     A tensor that `fetch` returns has its file's dtype (fp16, bf16 or fp32) and may be a view of the mapped file: copy
     what is kept. Only tensors that are merged, re-ordered or added are allocated, and only one at a time.
+
+    `release` lets go of the mapped pages of one tensor, `close` of every file; `fetch` brings either back.
     """
 
     config: ConfigT
     files: tuple[Path, ...]  # every file that was read, in a fixed order
     names: tuple[str, ...]  # names within the module (`layers.0.attention.q.weight`), in the order of the files
+    sizes: Mapping[str, int]  # bytes that are read for each name
     fetch: Callable[[str], Tensor]
+    release: Callable[[str], None]
+    close: Callable[[], None]
+    allocated: Callable[[str], bool]  # whether the tensor that `fetch` returns is nobody else's, so may be written to
 
     def stream(self) -> Iterator[tuple[str, Tensor]]:
-        """Every (name, tensor); may be called again."""
-        for name in self.names:
-            yield name, self.fetch(name)
+        """Every (name, tensor); may be called again. Who drops each tensor before it asks for the next holds one."""
+        try:
+            for name in self.names:
+                yield name, self.fetch(name)
+                self.release(name)
+        finally:
+            self.close()
 
 
 class LanguageSource(Source[LlamaConfig]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from models.language.llama import LlamaConfig
@@ -13,6 +14,7 @@ from models.weights.hf_llama import open_hf
 from models.weights.source import LanguageSource
 
 SHAPE = ("dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim")
+ROWS = 256  # that are added at a time
 
 
 def open_vicuna(base: LanguageSource, folder: Path, *, legacy_permutation: bool = False) -> LanguageSource:
@@ -32,10 +34,30 @@ def open_vicuna(base: LanguageSource, folder: Path, *, legacy_permutation: bool 
 
     def fetch(name: str) -> Tensor:
         weight = base.fetch(name)
-        change = delta.fetch(name)
-        return weight + change[: weight.shape[0]].to(weight.dtype)
+        return _add(weight, delta.fetch(name), weight if base.allocated(name) else torch.empty_like(weight))
 
-    return replace(base, files=(*base.files, *delta.files), names=delta.names, fetch=fetch)
+    def release(name: str) -> None:
+        base.release(name)
+        delta.release(name)
+
+    def close() -> None:
+        base.close()
+        delta.close()
+
+    return replace(
+        base, files=(*base.files, *delta.files), names=delta.names,
+        sizes={name: base.sizes[name] + delta.sizes[name] for name in delta.names},
+        fetch=fetch, release=release, close=close, allocated=lambda name: True,
+    )  # fmt: skip
+
+
+def _add(weight: Tensor, change: Tensor, out: Tensor) -> Tensor:
+    """out = weight + change, without the rows that `change` has more, a few rows at a time: a delta in another dtype is
+    never whole in the base's."""
+    for start in range(0, weight.shape[0], ROWS):
+        rows = slice(start, min(start + ROWS, weight.shape[0]))
+        torch.add(weight[rows], change[rows].to(weight.dtype), out=out[rows])
+    return out
 
 
 def _check(base: LlamaConfig, delta: LlamaConfig, folder: Path) -> None:

@@ -485,6 +485,8 @@ def test_a_step_that_is_not_finite(
     forward = VisionLanguageModel.forward
 
     def third_is_bad(self: VisionLanguageModel, *args: Any) -> Tensor:
+        if self.language.embed.weight.is_meta:  # the plan counts what a pass takes
+            return forward(self, *args)
         seen.append((self, {name: p.detach().clone() for name, p in self.trainable().items()}))
         loss = forward(self, *args)
         if len(seen) == 3:

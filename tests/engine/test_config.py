@@ -81,8 +81,8 @@ def test_out_of_range_is_an_error_that_names_the_flag(path: str) -> None:
     ("line", "message"),
     [
         ("--train.language full", "train.language full with bits 4bit"),
-        ("--train.language full --bits 16bit --model.bits_head 4bit", "model.bits_head 4bit"),
-        ("--train.vision full --model.bits_vision 4bit", "model.bits_vision 4bit"),
+        ("--train.language full --bits 16bit --bits_head 4bit", "bits_head 4bit"),
+        ("--train.vision full --bits_vision 4bit", "bits_vision 4bit"),
         ("--train.language frozen --train.vision frozen --train.projector frozen", "nothing trains"),
         ("--optim.epochs 0", "optim.epochs is 0"),
         ("--optim.lr nan", "optim.lr is nan"),
@@ -101,6 +101,9 @@ def test_out_of_range_is_an_error_that_names_the_flag(path: str) -> None:
         ("--model.delta d", "a delta without what it is added to"),
         ("--runtime.unpacked_memory 4", "runtime.unpacked_memory is '4'"),
         ("--runtime.few_rows 65", "runtime.few_rows is 65"),
+        ("--memory_budget 24", "memory_budget is '24'"),
+        ("--memory_budget 0", "memory_budget is '0'"),
+        ("--memory_budget auto", "memory_budget is 'auto'"),
     ],
 )
 def test_what_cannot_work_is_an_error(line: str, message: str) -> None:
@@ -154,6 +157,7 @@ def test_an_evaluation_needs_exactly_one_thing_to_evaluate() -> None:
         ("--legacy.block_routing", "--legacy.block_routing has no effect without --adapter.language block"),
         ("--legacy.eval_8bit_as_4bit", "--legacy.eval_8bit_as_4bit has no effect without --bits 8bit"),
         ("--legacy.chat_length", "--legacy.chat_length has no effect without --dataset.format chat"),
+        ("--memory_budget 1GB --gradient_checkpointing", "--memory_budget has no effect with --gradient_checkpointing"),
         ("--bits 16bit --runtime.unpacked_memory 4GB", "--runtime.unpacked_memory has no effect with --bits 16bit"),
         ("--runtime.device cpu --runtime.unpacked_memory 1MB", "no effect with --runtime.device cpu"),
         ("--runtime.device cpu --runtime.few_rows 0", "--runtime.few_rows has no effect with --runtime.device cpu"),

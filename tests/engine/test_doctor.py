@@ -25,7 +25,17 @@ from kernels import dequantize_nf4, dispatch, library
 
 REPOSITORY = Path(__file__).parents[2]
 # files of kernels/ without an op of their own
-NO_OPS = {"attention_peers", "compile", "dispatch", "dropout", "launches", "logarithm", "traffic", "__init__"}
+NO_OPS = {
+    "attention_peers",
+    "compile",
+    "counting",
+    "dispatch",
+    "dropout",
+    "launches",
+    "logarithm",
+    "traffic",
+    "__init__",
+}
 NO_OPS |= {"norm_mma_parameter", "norm_mma_tiles", "router", "library"}
 NO_OPS |= {"frozen_linear", "unpacked", "nf4_bitsandbytes"}
 
@@ -248,6 +258,18 @@ def test_where_the_demo_is_kept(look: Look, monkeypatch: pytest.MonkeyPatch, tmp
     assert "empty" in finding(look()[1], "demo cache")["text"]
     (tmp_path / "demo-data-0123").mkdir()
     assert finding(look()[1], "demo cache")["text"] == f"{tmp_path}: demo-data-0123"
+
+
+def test_what_is_kept_of_quantized_weights(look: Look, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("NIBBLE_CACHE", str(tmp_path))
+    assert "empty" in finding(look()[1], "weight cache")["text"]
+    kept = tmp_path / "weights" / "0123456789abcdef"
+    kept.mkdir(parents=True)
+    with (kept / "weights.safetensors").open("wb") as file:
+        file.truncate(3 << 29)
+    (kept / "manifest.json").write_text("{}")
+    text = finding(look()[1], "weight cache")["text"]
+    assert text.startswith(f"{tmp_path / 'weights'}: 1.50 GiB (0123456789abcdef 1.50 GiB)")
 
 
 def test_another_package_called_kernels_is_named(look: Look, monkeypatch: pytest.MonkeyPatch) -> None:

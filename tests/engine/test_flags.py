@@ -77,6 +77,8 @@ def test_values_keep_their_text() -> None:
         ("--lerning_rate 1", ("unknown flag --lerning_rate", "did you mean --optim.lr?")),
         ("--imge_folder p", ("did you mean --image_folder?",)),
         ("--zzzzzz 1", ("unknown flag --zzzzzz", "--help")),
+        ("--bit_head 4bit", ("unknown flag --bit_head", "did you mean --bits_head?")),
+        ("--llama_model_path w --bit_vision 8bit", ("did you mean --bits_vision?",)),
         ("--bits 5bit", ("--bits is '5bit'", "4bit", "8bit", "16bit")),
         ("--optim.epochs many", ("--optim.epochs is 'many'", "Integer")),
         ("--optim.lr fast", ("--optim.lr is 'fast'", "Float")),
@@ -137,6 +139,7 @@ def test_every_leaf_that_names_a_file_is_known_as_one(tree: type) -> None:
         "dataset.prompt_format",
         "dataset.options",
         "runtime.unpacked_memory",
+        "memory_budget",
     }
     assert texts - FILES == texts & others
 

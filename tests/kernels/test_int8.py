@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import dispatch, library
+from kernels import dispatch, library, nf4
 from kernels.int8 import backend_of, dequantize_int8, dequantize_int8_reference, quantize_int8, unpack_int8
 from tests.kernels.packed import csrc as csrc
 from tests.kernels.packed import int8
@@ -50,6 +50,14 @@ def test_strided_weight_equals_its_copy(device: torch.device) -> None:
     q, copy = quantize_int8(weight), quantize_int8(weight.contiguous())
     assert torch.equal(q.codes, copy.codes) and q.codes.is_contiguous()
     assert torch.equal(dequantize_int8(q), dequantize_int8(copy))
+
+
+def test_groups_of_rows_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(37, 50) * torch.rand(37, 1)
+    whole = quantize_int8(weight)
+    monkeypatch.setattr(nf4, "CHUNK_CPU", 256)
+    pieces = quantize_int8(weight)
+    assert torch.equal(whole.codes, pieces.codes) and torch.equal(whole.scale, pieces.scale)
 
 
 def test_size_and_device() -> None:

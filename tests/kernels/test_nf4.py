@@ -116,6 +116,7 @@ def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = quantize_nf4(weight)
     values = dequantize_nf4(whole)
     monkeypatch.setattr(nf4, "CHUNK_CPU", 256)
+    monkeypatch.setattr(nf4, "CHUNK2", 256)
     pieces = quantize_nf4(weight)
     assert torch.equal(pieces.codes, whole.codes)
     assert torch.equal(pieces.absmax_codes, whole.absmax_codes)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from engine.data.packing import collate, filled_tokens, token_weights
+from engine.data.padding import pad
 from models.pack import Pack, Segments
 from models.vlm import VLMConfig
 from tests.models.tiny import (
@@ -21,6 +22,7 @@ from tests.models.tiny import (
     assert_gradients_close,
     gradients,
     label,
+    packs_of,
     random_samples,
     step_loss,
     tiny_config,
@@ -95,3 +97,18 @@ def test_a_dummy_tile_gives_every_parameter_a_gradient_and_changes_nothing() -> 
     dummy.backward()
     for name, parameter in model.trainable().items():
         assert parameter.grad is not None and torch.equal(parameter.grad, expected[name]), name
+
+
+@pytest.mark.parametrize("config", [PLACEMENTS[1], PLACEMENTS[-1], LEGACY[1]], ids=label)
+def test_filling_packs_up_to_few_shapes_changes_nothing(config: VLMConfig) -> None:
+    """Empty segments, rows of weight 0 and tiles of zeros, whose slots are the text modality's row."""
+    model, (samples, tiles) = tiny_model(config).double(), random_samples(LAYOUT)
+    clip_router = config.legacy.clip_router
+    seed = torch.tensor([3])
+    packs = [pack for _, pack in packs_of(samples, tiles, micro_batch=3, legacy_clip_router=clip_router)]
+    filled = [pad(pack) for pack in packs]
+    assert any(len(a.image_slots) < len(b.image_slots) for a, b in zip(packs, filled, strict=True))
+    plain, padded = (torch.stack([model(pack, seed) for pack in some]).sum() for some in (packs, filled))
+    assert_close(padded, plain, "loss", tolerance=1e-12)
+    weights = dict(model.named_parameters())
+    assert_gradients_close(gradients(padded, weights), gradients(plain, weights), tolerance=1e-10)

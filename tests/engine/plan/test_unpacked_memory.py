@@ -14,12 +14,13 @@ from torch import Tensor
 from engine.config import Config
 from engine.flags import parse_train
 from engine.memory_size import parse_size
-from engine.plan import plan_without_weights
-from engine.unpacked_memory import divide, use_memory
+from engine.plan.make import plan_without_weights
+from engine.plan.unpacked_memory import divide, least_scratch, share_of, use_memory
 from kernels import unpacked
 from kernels.few_rows import most_few_rows, set_few_rows
 from models.linear import pack_of
 from models.placement import fill
+from models.recompute import ActivationPolicy
 from models.vlm import VisionLanguageModel
 from tests.models.tiny import gradients, packs_of, random_samples, tiny_config, tiny_model
 
@@ -107,7 +108,7 @@ def test_the_plan_counts_it() -> None:
         (["--runtime.unpacked_memory", "13GB"], 0, 32),
         (["--runtime.unpacked_memory", "4GB", "--runtime.device", "cpu"], 4 * 2 * 4096 * 11008, 0),
         (["--runtime.prefetch"], layer, 0),
-        (["--model.bits_head", "4bit"], 2 * 32000 * 4096, 0),
+        (["--bits_head", "4bit"], 2 * 32000 * 4096, 0),
     ):
         memory = plan_without_weights(parse_train([*line, *more])[0], 1).memory_bytes
         assert (memory["dequantisation buffer"], memory["unpacked copies"]) == (scratch, copied * layer)
@@ -117,9 +118,11 @@ def test_the_plan_counts_it() -> None:
 
 def packed_model(*, checkpointing: bool) -> VisionLanguageModel:
     """Three layers in NF4."""
-    source = tiny_model(tiny_config(dropout=0.0, gradient_checkpointing=checkpointing))
+    source = tiny_model(tiny_config(dropout=0.0))
     with torch.device("meta"):
         model = VisionLanguageModel(source.config)
+    if checkpointing:
+        model.use_activation_policy(ActivationPolicy.uniform("keep_input", 3, 6))
     model.start_trainable(0, CPU)
     for part in ("language", "vision"):
         stream = ((n, p.data) for n, p in source.get_submodule(part).named_parameters() if "_adapter." not in n)
@@ -175,6 +178,24 @@ def test_the_last_layers_are_copied() -> None:
             unpacked.weights(pack_of(group), torch.float32)
         found.append(unpacked.counters.hits - before)
     assert found == [0, 4, 4]
+
+
+def test_auto_takes_what_is_left_and_a_recomputed_layer_wants_a_scratch() -> None:
+    config, layer = Config(), sum(GROUP_BYTES)
+    assert config.runtime.unpacked_memory == "auto"
+    model = packed_model(checkpointing=False).language
+    for spare, copied in ((0, 0), (layer - 1, 0), (layer, 1), (3 * layer, 3)):
+        share = share_of(config, model, 4, on_cuda=True, spare=spare)
+        assert share is not None and share.num_copied == copied
+        assert share.scratch == (0 if copied == 3 else least_scratch(config, model, 4, on_cuda=True))
+    on_cpu = share_of(config, model, 4, on_cuda=False, spare=10 * layer)
+    assert on_cpu is not None and (on_cpu.scratch, on_cpu.num_copied) == (max(GROUP_BYTES), 0)
+    model.blocks()[0].policy = "keep_input"
+    share = share_of(config, model, 4, on_cuda=True, spare=layer)
+    assert share is not None and (share.scratch, share.num_copied) == (layer, 0)
+    config.runtime.unpacked_memory = "0"
+    share = share_of(config, model, 4, on_cuda=True, spare=10 * layer)
+    assert share is not None and (share.scratch, share.num_copied) == (max(GROUP_BYTES), 0)
 
 
 def test_the_other_settings_are_passed_on() -> None:

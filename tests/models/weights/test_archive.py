@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from models.weights.archive import open_archive, read_pickle
+from models.weights.archive import Archive, Reopened, open_archive, read_pickle
 from models.weights.errors import WeightsError
 
 TENSORS = {"a": torch.arange(12.0).reshape(3, 4), "b": torch.ones(5, dtype=torch.bfloat16)}
@@ -55,11 +55,54 @@ def test_reading_maps_the_file_instead_of_copying_it(tmp_path: Path, name: str) 
     assert anonymous_bytes() - before < 16 << 20
 
 
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])
+def test_a_tensor_that_is_released_leaves_the_process_and_comes_back(tmp_path: Path, name: str) -> None:
+    big = {"a": torch.randn(4 << 20), "b": torch.randn(4 << 20)}  # 16 MiB each
+    save_file(big, tmp_path / name) if name.endswith("safetensors") else torch.save(big, tmp_path / name)
+    archive = open_archive(tmp_path / name)
+    held = archive.fetch("a")
+    assert torch.equal(held, big["a"])
+    before = resident_bytes("RssFile")
+    archive.release("a")
+    assert before - resident_bytes("RssFile") > 15 << 20
+    assert torch.equal(held, big["a"]) and torch.equal(archive.fetch("b"), big["b"])
+
+
+def test_a_file_that_is_held_in_memory_is_not_touched_by_a_release(tmp_path: Path) -> None:
+    archive = open_archive(write(tmp_path / "w.old"))
+    assert not archive.is_mapped
+    archive.release("a")
+    assert torch.equal(archive.fetch("a"), TENSORS["a"])
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth", "w.old"])
+def test_sizes_are_known_before_anything_is_read(tmp_path: Path, name: str) -> None:
+    assert dict(open_archive(write(tmp_path / name)).sizes) == {"a": 48, "b": 10}
+
+
+def test_a_reopened_file_is_opened_when_it_is_asked_for(tmp_path: Path) -> None:
+    opened: list[str] = []
+
+    def open_file() -> Archive:
+        opened.append("once more")
+        return open_archive(write(tmp_path / "w.old"))
+
+    file = Reopened(open_file)
+    assert opened == []
+    assert file() is file() and len(opened) == 1
+    file.close()
+    assert torch.equal(file().fetch("a"), TENSORS["a"]) and len(opened) == 2
+
+
 def anonymous_bytes() -> int:
+    return resident_bytes("RssAnon")
+
+
+def resident_bytes(kind: str) -> int:
     status = Path("/proc/self/status")
     if not status.exists():
         pytest.skip("needs /proc")
-    line = next(line for line in status.read_text().splitlines() if line.startswith("RssAnon"))
+    line = next(line for line in status.read_text().splitlines() if line.startswith(kind))
     return int(line.split()[1]) * 1024
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -156,6 +157,13 @@ def test_openais_program_is_opened_only_if_it_is_theirs(
     monkeypatch.setattr(clip_openai, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     assert_same(open_vision(path).stream(), expected_tensors(tower))
     assert_same(open_vision(tmp_path).stream(), expected_tensors(tower))  # its folder
+    loads: list[Any] = []
+    load = torch.jit.load
+    monkeypatch.setattr(torch.jit, "load", lambda *args, **kwargs: loads.append(args) or load(*args, **kwargs))
+    source = open_vision(path)
+    source.fetch("class_embedding")
+    assert len(loads) == 2  # for its names, and again for its tensors: not in memory in between
+    source.close()
 
 
 @pytest.mark.parametrize("kind", ["openai", "hf"])

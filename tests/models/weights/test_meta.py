@@ -125,3 +125,9 @@ def test_a_stream_keeps_no_more_than_it_yields(tmp_path: Path, language: Tensors
     single = open_language(write_meta(tmp_path / "single", language))
     first, second = single.fetch("embed.weight"), single.fetch("embed.weight")
     assert first.data_ptr() == second.data_ptr()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_sizes_are_the_bytes_that_are_read(tmp_path: Path, language: Tensors, write_meta: Write, count: int) -> None:
+    sizes = open_language(write_meta(tmp_path, language, count)).sizes
+    assert sizes == {name: tensor.nbytes for name, tensor in language.items()}

@@ -26,14 +26,17 @@ def padded(delta: Tensors, rows: int) -> Tensors:
     return {name: torch.cat((t, t.new_full((rows, 32), 9.0))) if name in wide else t for name, t in delta.items()}
 
 
-@pytest.mark.parametrize("layout", ["meta", "hf"])
+@pytest.mark.parametrize("layout", ["meta", "meta in two shards", "hf"])
 def test_the_delta_is_added_in_the_bases_dtype(
     tmp_path: Path, language: Tensors, delta: Tensors, write_meta: Write, write_hf: Write,
     assert_same: Callable[..., None], layout: str,
 ) -> None:  # fmt: skip
-    base = (write_meta if layout == "meta" else write_hf)(tmp_path / "base", language)
+    folder = tmp_path / "base"
+    base = write_hf(folder, language) if layout == "hf" else write_meta(folder, language, 1 + ("two" in layout))
     source = open_language(base, write_hf(tmp_path / "delta", delta))
     assert_same(source.stream(), {name: t + delta[name] for name, t in language.items()})
+    assert_same(source.stream(), {name: t + delta[name] for name, t in language.items()})  # the base is as it was
+    assert source.sizes == {name: 2 * t.nbytes for name, t in language.items()}
     assert source.config == open_language(base).config
     assert {path.parent.name for path in source.files} == {"base", "delta"}
 

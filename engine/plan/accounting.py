@@ -1,0 +1,232 @@
+"""What a training pass over one pack takes, layer by layer: memory, FLOPs and bytes, counted without computing.
+
+A cut-down model (engine/plan/meta_model.py) runs forward and backward on meta tensors under each policy, by the code
+that trains (kernels/counting.py). Where layers begin is marked, and the whole is composed from a layer among its like:
+
+    alive before layer l     inputs + buffers + the sum of `saved` of the layers before it
+    saved                    by how much a layer's forward makes that grow
+    peak                     the most that is alive in its forward or its backward, above what was alive before it, that
+                             is with what it is handed, the gradients that come back to it, and the little that is alive
+                             all the while (projector, image tokens)
+    after                    the most that is alive in the head and the loss, above what all layers keep
+
+The last layer is the dearest, since the loss hands it gradients of both parts of the stream; its peak is taken for all.
+So the peak of a step is exact where all layers of a stage keep the same. Where they do not, it is at most two [T, D]
+too large.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from engine.plan.activation_policy import Choice, Layers
+from engine.plan.cards import Card
+from engine.plan.meta_model import META, Bits, PackShape, cut_down, largest_group, pack_bytes, pack_of
+from engine.plan.roofline import seconds
+from kernels import unpacked
+from kernels.counting import Counter, Op, counting
+from models.pack import Pack
+from models.recompute import POLICIES, ActivationPolicy, Policy
+from models.vlm import VisionLanguageModel, VLMConfig
+
+Pass = Literal["forward", "backward", "between", "after", "behind"]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The ops of one layer."""
+
+    forward: tuple[Op, ...]
+    backward: Mapping[Policy, tuple[Op, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Of one pack, forward and backward. Bytes."""
+
+    vision: Layers
+    language: Layers
+    after: int
+    inputs: int  # the pack itself
+    buffers: int  # for unpacked weights, and tables: there from the first pack on
+    tables: int  # of these, the tables
+    vision_work: Work
+    language_work: Work
+    other_work: tuple[Op, ...]  # embedding, the tower's ends, projector, head and loss
+
+    @property
+    def stages(self) -> tuple[Layers, Layers]:
+        """In forward order, for engine.plan.activation_policy.solve."""
+        return self.vision, self.language
+
+    def peak(self, policy: ActivationPolicy) -> int:
+        """The most that is alive in a pass, above `inputs` and `buffers`."""
+        highest = saved = 0
+        for layers, policies in ((self.vision, policy.vision), (self.language, policy.language)):
+            for chosen in policies:
+                choice = layers.choices[chosen]
+                highest = max(highest, saved + choice.peak)
+                saved += choice.saved
+        return max(highest, saved + self.after)
+
+    def saved(self, policy: ActivationPolicy) -> tuple[int, int]:
+        """What tower and language model keep for their backward pass."""
+        vision = sum(self.vision.choices[chosen].saved for chosen in policy.vision)
+        return vision, sum(self.language.choices[chosen].saved for chosen in policy.language)
+
+
+def costs(
+    config: VLMConfig, bits: Bits, shape: PackShape, dtype: torch.dtype, card: Card, *, scratch: int = 0
+) -> Costs:
+    """Counts a pack of this shape on this model, with activations in `dtype`, as `card` would run it.
+
+    scratch: bytes of the buffer for unpacked weights; it takes the largest group's at least.
+    """
+    model = cut_down(config, bits, dtype)
+    pack = pack_of(shape, config.vision.image_size)
+    ring = max(scratch, largest_group(model, dtype))
+    runs: dict[Policy, _Run] = {}
+    with unpacked.apart(ring, dtype, META), counting(card.capability) as counter:
+        with torch.no_grad():
+            model(pack)  # makes what stays: tables, a larger buffer
+        buffers = ring + counter.live
+        for policy in POLICIES:
+            unpacked.forget()
+            runs[policy] = _Run(counter, model, shape)
+            runs[policy].go(pack, policy)
+    vision = {policy: run.vision() for policy, run in runs.items()}
+    language = {policy: run.language() for policy, run in runs.items()}
+    works = [_work(runs, stage, 1) for stage in ("vision", "language")]
+    extra = [
+        {policy: seconds(work.backward[policy], card, narrow=narrow) for policy in POLICIES}
+        for work, narrow in zip(works, (True, False), strict=True)
+    ]
+
+    def layers(count: int, found: Mapping[Policy, tuple[int, int]], times: Mapping[Policy, float]) -> Layers:
+        return Layers(count, {p: Choice(*found[p], max(0.0, times[p] - times["save_all"])) for p in POLICIES})
+
+    return Costs(
+        vision=layers(config.vision.num_layers, vision, extra[0]),
+        language=layers(config.language.num_layers, language, extra[1]),
+        after=min(run.after() for run in runs.values()),
+        inputs=pack_bytes(pack), buffers=buffers, tables=buffers - ring,
+        vision_work=works[0], language_work=works[1],
+        other_work=tuple(runs["save_all"].other_ops()),
+    )  # fmt: skip
+
+
+def _work(runs: Mapping[Policy, _Run], stage: str, index: int) -> Work:
+    return Work(
+        tuple(runs["save_all"].ops("forward", stage, index)),
+        {policy: tuple(run.ops("backward", stage, index)) for policy, run in runs.items()},
+    )
+
+
+@dataclass
+class _Segment:
+    """What happened from one mark to the next."""
+
+    what: Pass
+    stage: str
+    index: int  # of the layer
+    before: int  # bytes alive at its start, above those before the pass
+    mark: int
+    peak: int = 0
+    ops: Sequence[Op] = ()
+
+
+class _Run:
+    """One pass over a pack, cut into segments."""
+
+    def __init__(self, counter: Counter, model: VisionLanguageModel, shape: PackShape) -> None:
+        self.counter, self.model, self.shape = counter, model, shape
+        self.num_vision, self.num_language = len(model.vision.layers), len(model.language.layers)
+        self.segments: list[_Segment] = []
+        self.seed = torch.empty(1, dtype=torch.int64, device=META)
+        self.start = counter.live
+
+    def go(self, pack: Pack, policy: Policy) -> None:
+        model = self.model
+        model.use_activation_policy(ActivationPolicy.uniform(policy, self.num_language, self.num_vision))
+        with ExitStack() as hooks:
+            for stage, blocks in (("vision", model.vision.blocks()), ("language", model.language.blocks())):
+                for index, block in enumerate(blocks):
+                    for handle in self._watch(stage, index, block, index == len(blocks) - 1):
+                        hooks.callback(handle.remove)
+            self._mark("between")
+            model(pack, self.seed).backward()
+        self._close()
+
+    def _watch(self, stage: str, index: int, block: nn.Module, is_last: bool) -> Iterator[Any]:
+        def enter(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+            self._mark("forward", stage, index)
+            if stage == "language" and index == 0 and arguments[0].requires_grad:
+                arguments[0].register_hook(lambda _: self._mark("behind"))
+
+        def leave(_: nn.Module, __: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:
+            if is_last:
+                self._mark("between" if stage == "vision" else "after")
+            if outputs[1].requires_grad:  # the stream's second part: its gradient is the last that a layer waits for
+                outputs[1].register_hook(lambda _: self._mark("backward", stage, index))
+
+        yield block.register_forward_pre_hook(enter)
+        yield block.register_forward_hook(leave)
+
+    def _mark(self, what: Pass, stage: str = "", index: int = 0) -> None:
+        self._close()
+        patches = self.model.config.vision.num_tokens
+        self.counter.pairs = self.shape.tiles * patches**2 if stage == "vision" else self.shape.pairs
+        self.counter.reset_peak()
+        self.segments.append(_Segment(what, stage, index, self.counter.live - self.start, self.counter.mark()))
+
+    def _close(self) -> None:
+        if self.segments:
+            last = self.segments[-1]
+            last.peak, last.ops = self.counter.peak - self.start, self.counter.since(last.mark)
+
+    def ops(self, what: Pass, stage: str, index: int) -> Sequence[Op]:
+        found = [s.ops for s in self.segments if (s.what, s.stage, s.index) == (what, stage, index)]
+        return found[0] if found else ()
+
+    def other_ops(self) -> Iterator[Op]:
+        """Those that are in no layer."""
+        return (op for s in self.segments if s.what not in ("forward", "backward") for op in s.ops)
+
+    def _before(self, stage: str, index: int) -> int:
+        return next(s.before for s in self.segments if (s.what, s.stage, s.index) == ("forward", stage, index))
+
+    def _most(self, stage: str, saved: int, below: int) -> int:
+        """The highest peak of a layer that is not the first, above `below` and what the layers before it keep."""
+        layers = [s for s in self.segments if s.stage == stage and s.index > 0]
+        return max(s.peak - below - s.index * saved for s in layers)
+
+    def vision(self) -> tuple[int, int]:
+        """Saved and peak of a block of the tower."""
+        if not self.shape.tiles:
+            return 0, 0
+        saved = self._before("vision", 2) - self._before("vision", 1)
+        if not any(s.what == "backward" and s.stage == "vision" for s in self.segments):
+            saved = 0  # frozen: what grows is the six streams that image tokens are cut out of, however many blocks
+        ends = [s.peak for s in self.segments if s.what in ("between", "behind")]
+        return saved, max(self._most("vision", saved, 0), max(ends) - (self.num_vision - 1) * saved)
+
+    def language(self) -> tuple[int, int]:
+        """Saved and peak of a layer of the language model."""
+        saved = self._before("language", 2) - self._before("language", 1)
+        below = self.num_vision * self.vision()[0]
+        peak = max(self._most("language", saved, below), self.after() + saved)
+        if not self.shape.tiles:
+            peak = max(peak, *(s.peak for s in self.segments if s.what in ("between", "behind")))
+        return saved, peak
+
+    def after(self) -> int:
+        """The most that is alive in the head and the loss, above what all layers keep."""
+        kept = self.num_vision * self.vision()[0]
+        kept += self.num_language * (self._before("language", 2) - self._before("language", 1))
+        return max(s.peak for s in self.segments if s.what == "after") - kept

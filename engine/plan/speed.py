@@ -1,0 +1,46 @@
+"""How fast a run trains, predicted from its ops (accounting.py) on a card's roofline (roofline.py)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.plan.accounting import Costs, Work
+from engine.plan.cards import Card
+from engine.plan.meta_model import PackShape
+from engine.plan.roofline import seconds
+from engine.plan.workload import IMAGE_SHARE, MEAN_LENGTH, SUPERVISED, samples_per_pack
+from models.recompute import ActivationPolicy, Policy
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Predicted."""
+
+    seconds_per_pack: float
+    samples_per_second: float
+    tokens_per_second: float  # of samples: what fills packs up does not count
+
+
+def predicted(
+    costs: Costs, shape: PackShape, policy: ActivationPolicy, card: Card, *, copied_layers: int = 0, graphs: bool = True
+) -> Speed:
+    """Of packs of so many tokens, with images and supervised rows as ScienceQA has them, whatever `shape` was counted
+    with. `copied_layers`: how many of the language model's last layers are never unpacked."""
+    samples = samples_per_pack(shape.tokens)
+    supervised = SUPERVISED * samples / shape.supervised
+    images = IMAGE_SHARE * samples / shape.tiles if shape.tiles else 0.0
+    time = supervised * seconds(costs.other_work, card, graphs=graphs)
+    for chosen in set(policy.vision):
+        layer = _layer(costs.vision_work, chosen, card, narrow=True, graphs=graphs)
+        time += images * policy.vision.count(chosen) * layer
+    first_copied = len(policy.language) - copied_layers
+    for index, chosen in enumerate(policy.language):
+        time += _layer(costs.language_work, chosen, card, narrow=False, graphs=graphs, copied=index >= first_copied)
+    return Speed(time, samples / time, samples * MEAN_LENGTH / time)
+
+
+def _layer(work: Work, policy: Policy, card: Card, *, narrow: bool, graphs: bool, copied: bool = False) -> float:
+    ops = [*work.forward, *work.backward[policy]]
+    if copied:
+        ops = [op for op in ops if not op.name.startswith("dequantize")]
+    return seconds(ops, card, narrow=narrow, graphs=graphs)

@@ -1,0 +1,94 @@
+"""What a frozen tower says about each image, kept: an image is decoded, copied and looked at once, not once an epoch.
+
+The features of an image, [6, W] in the tower's dtype (12 KB for ViT-L/14 in 16 bits), are a row of a table on the
+device. An image that finds no room is looked at each time. The tower looks at one image at a time, so that features
+depend on nothing but the image, not on the others of a pack or on when a run was resumed.
+
+This is for towers of which nothing learns (--train.vision frozen). With LaVIN's placement the first adapter stands
+before the first block's attention, and below it are only the patch convolution and a norm: 0.2 % of the tower's FLOPs,
+which are not worth the 526 KB of an image's 257 tokens. `blocks_below_training` tells the two cases apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from models.pack import Pack
+from models.vision.clip import NUM_TAPS, ClipVision
+
+TABLE_BYTES = 128 << 20
+
+
+def blocks_below_training(tower: ClipVision) -> int:
+    """The first blocks of the tower, so many, that nothing trained stands in or before."""
+    blocks = tower.blocks()
+    inside = {id(parameter) for block in blocks for parameter in block.parameters()}
+    if any(parameter.requires_grad for parameter in tower.parameters() if id(parameter) not in inside):
+        return 0
+    for number, block in enumerate(blocks):
+        if any(parameter.requires_grad for parameter in block.parameters()):
+            return number
+    return len(blocks)
+
+
+def keeps_features(tower: ClipVision) -> bool:
+    """Whether the tower's output for an image is always the same."""
+    return blocks_below_training(tower) == len(tower.blocks())
+
+
+class FeatureTable:
+    """Which row of a table each image has. Row 0 is zeros; behind the rows of images are those of images that found no
+    room, for the length of a pack. Host side; to be asked in the order of steps."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self._row: dict[str, int] = {}
+
+    def clear(self) -> None:
+        """No image has been seen."""
+        self._row.clear()
+
+    def place(self, path: str) -> tuple[int | None, bool]:
+        """-> (the image's row, or None where there is no room, whether it must be looked at)."""
+        if path in self._row:
+            return self._row[path], False
+        if len(self._row) == self.rows:
+            return None, True
+        self._row[path] = 1 + len(self._row)
+        return self._row[path], True
+
+    def spare(self, number: int) -> int:
+        """The row of a pack's image `number` of those that have no room."""
+        return 1 + self.rows + number
+
+
+class TowerCache:
+    """The table's values on the device, for `images` images at most, and for as many as `table_bytes` hold.
+    `most_new`: images of a pack, at most."""
+
+    def __init__(
+        self, tower: ClipVision, device: torch.device, *, images: int, most_new: int, table_bytes: int = TABLE_BYTES
+    ) -> None:
+        self.tower = tower
+        dtype, width = tower.patch_embed.weight.dtype, tower.config.width
+        self.places = FeatureTable(min(images, table_bytes // (NUM_TAPS * width * dtype.itemsize)))
+        self.values = torch.zeros(1 + self.places.rows + most_new, NUM_TAPS, width, dtype=dtype, device=device)
+
+    @torch.no_grad()
+    def fill(self, pack: Pack) -> Pack:
+        """The pack (on the device) with features in place of tiles; the tower looks at those first."""
+        if pack.feature_rows is None:
+            return pack
+        for number in range(0 if pack.tiles is None else pack.tiles.shape[0]):
+            assert pack.tiles is not None
+            row = pack.feature_rows.of_tiles[number : number + 1]
+            self.values.index_copy_(0, row, self._look(pack.tiles[number : number + 1]))
+        features = self.values.index_select(0, pack.feature_rows.of_images)
+        return replace(pack, tiles=None, features=features, feature_rows=None)
+
+    def _look(self, tile: Tensor) -> Tensor:  # [1, 3, H, W] -> [1, 6, W]
+        features: Tensor = self.tower(tile, None, None)
+        return features.to(self.values.dtype)

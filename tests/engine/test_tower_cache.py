@@ -1,0 +1,158 @@
+"""A frozen tower looks at an image once; losses are those of a tower that looks each time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.data.images import TileReader
+from engine.data.loader import StepLoader
+from engine.data.sample import IGNORE, Sample
+from engine.data.sampler import StepSampler
+from engine.distributed import Ranks
+from engine.errors import DataError
+from engine.graphs import GraphedPasses, Passes
+from engine.optim import Optimizer
+from engine.scaler import LossScaler
+from engine.step import StepResult, train_step
+from engine.tower_cache import TowerCache, blocks_below_training, keeps_features
+from kernels import attention
+from models.vlm import VisionLanguageModel
+from tests.engine.tape import TapeRecorder
+from tests.models.tiny import IMAGE_SIZE, VOCAB, tiny_config, tiny_model
+
+CPU = torch.device("cpu")
+SAMPLES, STEP = 20, 5
+
+
+class Pictures:
+    """Two of three samples have an image; samples 0 and 1 have the same one."""
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def sample(self, index: int) -> Sample:
+        generator = torch.Generator().manual_seed(index)
+        length = 20 + 3 * index
+        ids = torch.randint(1, VOCAB, (length,), generator=generator).tolist()
+        image = f"{max(index, 1)}.png" if index % 3 != 2 else None
+        labels = [IGNORE] * 12 + ids[12:]
+        return Sample(str(index), ids, labels, image, [1, 2, 3, 4, 5, 6] if image else [], False)
+
+    def where(self, index: int) -> str:
+        return f"row {index}"
+
+
+IMAGES = {s.image for s in map(Pictures().sample, range(SAMPLES))} - {None}
+
+
+class Reader(TileReader):
+    """Random tiles by path; counts what it is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(IMAGE_SIZE)
+        self.read: list[str] = []
+
+    def tile(self, path: str, where: str = "") -> Tensor:
+        self.read.append(path)
+        return torch.randn(3, self.size, self.size, generator=torch.Generator().manual_seed(int(path[:-4])))
+
+
+class Run:
+    """Steps of a model whose tower is frozen, over a loader."""
+
+    def __init__(self, table: int | None, *, workers: int = 0, graphs: bool = False) -> None:
+        self.model = tiny_model(tiny_config(train_vision="frozen", num_layers=1)).train()
+        self.looks: list[int] = []
+        self.model.vision.register_forward_pre_hook(lambda _, args: self.looks.append(len(args[0])))
+        cache = None
+        if table is not None:
+            width = self.model.config.vision.width
+            cache = TowerCache(self.model.vision, CPU, images=99, most_new=4, table_bytes=table * 6 * 4 * width)
+            assert cache.places.rows == table
+        self.passes = GraphedPasses(CPU, TapeRecorder(), cache) if graphs else Passes(CPU, cache)
+        self.reader = Reader()
+        self.loader = StepLoader(
+            Pictures(), StepSampler(SAMPLES, STEP, 0), self.reader, tokens_per_batch=256, reduction="token",
+            micro_batch=1, num_workers=workers, few_shapes=graphs, places=self.passes.places,
+        )  # fmt: skip
+        self.optimizer = Optimizer(self.model.named_parameters(), weight_decay=0.0)
+
+    def steps(self, first: int, end: int) -> list[StepResult]:
+        return [
+            train_step(
+                self.model, packs, self.optimizer, LossScaler(False), Ranks(0, 0, 1),
+                step=first + i, seed=0, lr=1e-2, clip_grad=None, device=CPU, passes=self.passes,
+            )
+            for i, packs in enumerate(self.loader.steps(first, end))
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_the_tower_looks_once_and_losses_stay(workers: int) -> None:
+    plain, kept = Run(None), Run(50, workers=workers)
+    expected, found = plain.steps(0, 12), kept.steps(0, 12)  # three epochs
+    assert [r.loss for r in found] == pytest.approx([r.loss for r in expected], rel=1e-5)
+    assert [r.grad_norm for r in found] == pytest.approx([r.grad_norm for r in expected], rel=1e-4)
+    assert kept.looks == [1] * len(IMAGES) and sorted(kept.reader.read) == sorted(str(i) for i in IMAGES)
+    assert sum(plain.looks) == 3 * sum(Pictures().sample(i).image is not None for i in range(SAMPLES))
+
+
+def test_images_without_room_are_looked_at_each_time() -> None:
+    kept, small = Run(50), Run(4, workers=2)
+    assert small.steps(0, 12) == kept.steps(0, 12)  # bit for bit: the tower sees one image at a time
+    assert len(kept.looks) < len(small.looks) < 3 * len(IMAGES)
+
+
+def test_a_row_that_cannot_be_read_keeps_no_step_waiting() -> None:
+    class Broken(Pictures):
+        def sample(self, index: int) -> Sample:
+            if index in StepSampler(SAMPLES, STEP, 0).indices(2):
+                raise DataError(f"row {index} is broken")
+            return super().sample(index)
+
+    run = Run(50, workers=3)
+    run.loader.dataset = Broken()
+    steps = run.loader.steps(0, 8)
+    assert len(next(steps)) and len(next(steps))
+    with pytest.raises(DataError, match="is broken"):
+        next(steps)
+
+
+def test_a_resumed_run_is_the_same_run() -> None:
+    """An image that was new in the first epoch is new again after it, in another pack."""
+    whole, first, second = Run(50), Run(50), Run(50)
+    expected = whole.steps(0, 8)
+    found = first.steps(0, 5)
+    second.model.load_state_dict(first.model.state_dict())
+    second.optimizer.load_state_tensors(first.optimizer.state_tensors())
+    assert found + second.steps(5, 8) == expected
+
+
+def test_features_are_inputs_of_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, *options: Any) -> Tensor:
+        return attention.varlen_attention_reference(q, k, v, bounds, causal=options[1], scale=options[2])
+
+    monkeypatch.setitem(attention.IMPLEMENTATIONS, "sdpa", attend)
+    plain, graphed = Run(None), Run(50, graphs=True)
+    expected, found = plain.steps(0, 12), graphed.steps(0, 12)
+    assert [r.loss for r in found] == pytest.approx([r.loss for r in expected], rel=1e-5)
+    assert isinstance(graphed.passes, GraphedPasses) and graphed.passes.replayed > graphed.passes.launched
+    assert graphed.looks == [1] * len(IMAGES)
+
+
+def test_the_model_says_what_is_below_its_training() -> None:
+    def model(**options: Any) -> VisionLanguageModel:
+        return tiny_model(tiny_config(**options))
+
+    frozen = model(train_vision="frozen")
+    assert blocks_below_training(frozen.vision) == 6 and keeps_features(frozen.vision)
+    for trained in (model(), model(vision_placement="normal"), model(train_vision="full")):
+        assert blocks_below_training(trained.vision) == 0 and not keeps_features(trained.vision)
+    frozen.vision.blocks()[2].mlp.up.requires_grad_(True)
+    assert blocks_below_training(frozen.vision) == 2 and not keeps_features(frozen.vision)
+    frozen.vision.class_embedding.requires_grad_(True)
+    assert blocks_below_training(frozen.vision) == 0
