@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -23,6 +23,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """What the suite and each benchmark take."""
     parser.add_argument("--quick", action="store_true", help="the goals' cases only, fewer samples, fewer peers")
     parser.add_argument("--list", action="store_true", help="show what there is and measure nothing")
+    parser.add_argument(
+        "--case", action="append", default=[], metavar="WORDS",
+        help='only cases whose names have these words, as "model=7B T=8192"; may be given again for others',
+    )  # fmt: skip
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="folder of the rows")
     parser.add_argument("--commit", help="recorded with the rows, where the tree is a copy without git")
     parser.add_argument("--run", help="go on with the run of this name (the suite does)")
@@ -33,7 +37,9 @@ def main(bench: Bench | Yardstick, argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{bench.name}", description=bench.about)
     add_flags(parser)
     flags = parser.parse_args(argv)
-    cases = [case for case in bench.cases() if case.quick or not flags.quick]
+    cases = chosen(bench, quick=flags.quick, wanted=flags.case)
+    if not cases and flags.case:
+        parser.error(f"no case has the words {' or '.join(map(repr, flags.case))}; --list shows those that there are")
     if flags.list:
         for case in cases:
             print(f"{case.name}  ({', '.join(case.modes)})")
@@ -46,11 +52,31 @@ def main(bench: Bench | Yardstick, argv: list[str]) -> int:
     ours_failed = False
     for case in cases:
         for row in _rows(bench, case, clock, origin, flags.quick):
-            recorder.add(row)
+            row = recorded(recorder, row)
             print(as_text(row), flush=True)
             ours_failed |= row.failure is not None and row.variant.startswith("nibble")
     print(f"rows in {recorder.path}")
     return FAILED if ours_failed else 0
+
+
+def chosen(bench: Bench | Yardstick, *, quick: bool, wanted: Sequence[str]) -> list[Case]:
+    """Its cases; under --quick, and with --case, some of them."""
+    cases = [case for case in bench.cases() if case.quick or not quick]
+    words = [set(text.split()) for text in wanted]
+    return [case for case in cases if not words or any(each <= set(case.name.split()) for each in words)]
+
+
+def recorded(recorder: Recorder, row: Row) -> Row:
+    """The row that was written: a failure in its place where a figure of it is none (not finite, negative)."""
+    try:
+        recorder.add(row)
+    except ValueError as error:
+        row = Row(
+            bench=row.bench, case=row.case, variant=row.variant, dtype=row.dtype, mode=None, package=row.package,
+            failure=f"no row: {error}", origin=row.origin,
+        )  # fmt: skip
+        recorder.add(row)
+    return row
 
 
 def require_gpu() -> None:
@@ -61,7 +87,7 @@ def require_gpu() -> None:
 
 
 def _rows(bench: Bench | Yardstick, case: Case, clock: Clock | None, origin: Origin, quick: bool) -> Iterator[Row]:
-    device = torch.device("cuda")
+    device = torch.device("cuda", torch.cuda.current_device())  # torch's memory pools want its number
     try:
         if isinstance(bench, Yardstick):
             yield from bench.rows(case, device, origin, quick)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks import command, lengths
-from benchmarks.engine_setting import card_and_memory, choose
+from benchmarks.engine_setting import Setting, configuration, settle
 from benchmarks.hugging_face import HuggingFaceTrainer
 from benchmarks.lavin_lite import LavinTrainer
 from benchmarks.peers import require_csrc
@@ -33,12 +33,13 @@ from benchmarks.rows import Origin, Row
 from benchmarks.session import new_row
 from benchmarks.step import DTYPE, MODELS, TOWER, block_weights, build
 from benchmarks.trainers import NibbleTrainer, Trainer, packs_of
-from benchmarks.whole_steps import Entrant, Steps, measure_steps, release
+from benchmarks.whole_steps import Entrant, Steps, measure_steps, release, told
 from benchmarks.workload import Workload, of_lengths, workload
 from engine.data.padding import pad
 from engine.data.planning import MODALITY_ROWS
 from kernels import unpacked
 from models.language.llama import LlamaConfig
+from models.pack import Pack
 from models.vision.clip import ClipConfig
 from models.vlm import VisionLanguageModel
 
@@ -47,7 +48,7 @@ FULL = 28  # samples that fill one pack of 8,192 tokens; 32 would be two of 4,70
 CAP = 24
 GB = 10**9
 ROUNDS, QUICK_ROUNDS = 5, 2
-CONTEXT = 93_696  # tokens: 1.2 times the 78k that Unsloth publishes for Llama-3.1-8B in 24 GB
+PROFILED = (("7B", 512), ("7B", 2048))  # models and packs whose idle share a goal asks for
 PEERS = ("lavin_lite", "hf_peft", "hf_liger", "bf16_adapters")
 
 
@@ -60,30 +61,31 @@ class Shape:
     longest: int = lengths.LONGEST
 
 
-SHAPES = {name: Shape(MODELS[name], ClipConfig()) for name in ("7B", "13B", "8B")}
+SHAPES = {name: Shape(MODELS[name], ClipConfig()) for name in ("7B", "13B")}
 SHAPES["toy"] = Shape(MODELS["toy"], TOWER, longest=64)
 PACKAGES = {"lavin_lite": "bitsandbytes", "hf_peft": "peft", "hf_liger": "liger-kernel"}
 
 
 def cases() -> list[Case]:
-    """Those of one model follow one another: its weights are made once."""
+    """Those with peers come first of their model, whose weights stay as long as it is asked for. Those that are
+    profiled come last: when the profiler is done it goes on slowing launches down, the peers' more than ours.
+    """
 
     def case(model: str, tokens: int, samples: int, policy: str = "auto", cap: int = 0, quick: bool = True) -> Case:
         shape = {"model": model, "T": tokens, "samples": samples, "policy": policy, "cap": cap}
         return Case("end_to_end", shape, modes=("step",), quick=quick)
 
     return [
-        case("7B", 512, 1, "keep_input"),
-        case("7B", 512, STEP),
-        case("7B", 2048, STEP),
-        case("7B", 4096, STEP, quick=False),
         case("7B", 8192, FULL),
-        case("8B", CONTEXT, 1, "keep_input", CAP),
+        case("7B", 512, 1, "keep_input"),
+        case("7B", 4096, STEP, quick=False),
+        case("13B", 8192, FULL),
         case("13B", 512, 1, "keep_input"),
         case("13B", 2048, STEP, "save_all", CAP),
         case("13B", 2048, STEP, quick=False),
         case("13B", 4096, STEP, quick=False),
-        case("13B", 8192, FULL),
+        case("7B", 2048, STEP),
+        case("7B", 512, STEP),
     ]
 
 
@@ -98,8 +100,13 @@ def trainers(case: Case, *, quick: bool) -> tuple[str, ...]:
     return ("nibble", *PEERS[:3]) if quick else ("nibble", *PEERS)
 
 
+def is_profiled(case: Case) -> bool:
+    """Whether the engine's idle share and waits are measured."""
+    return case.shape["samples"] == STEP and (case.shape["model"], case.shape["T"]) in PROFILED
+
+
 def rows(case: Case, device: torch.device, origin: Origin, quick: bool) -> Iterator[Row]:
-    """One row a trainer."""
+    """One row a trainer, as soon as it is known."""
     shape, dtype = SHAPES[case.shape["model"]], DTYPE if device.type == "cuda" else torch.float32
     unpacked.release()  # copies of the case before this one
     release(device)
@@ -107,14 +114,15 @@ def rows(case: Case, device: torch.device, origin: Origin, quick: bool) -> Itera
     tokens, cap = case.shape["T"], case.shape["cap"] * GB
     vlm = model(case.shape["model"], device, dtype)
     packs = [pad(pack) for work in works for pack in packs_of(work, tokens, "sample")]
-    card, free = card_and_memory(cap, device)
-    setting = choose(vlm, case.shape["policy"], tokens, packs, free, card, dtype, held_bytes(vlm))
+    longest = max(len(sample.input_ids) for work in works for sample in work.samples)
+    config = configuration(case.shape["policy"], tokens, case.shape["samples"], longest, case.shape["cap"])
+    settings: list[Setting] = []
 
     def nibble() -> Trainer:
-        require_csrc(setting)
+        require_csrc(vlm)
         there = held_bytes(vlm)  # before the trainer, whose own memory is measured
-        setting.use(vlm)
         trainer = NibbleTrainer(vlm, tokens, device)
+        settings.append(settle(config, vlm, case.shape["policy"], device))
         trainer.borrowed_bytes = there
         return trainer
 
@@ -130,21 +138,33 @@ def rows(case: Case, device: torch.device, origin: Origin, quick: bool) -> Itera
         "bf16_adapters": bf16_adapters,
     }
     entrants = [
-        Entrant(name, builders[name], PACKAGES.get(name), profiled=name in ("nibble", "bf16_adapters"))
+        Entrant(name, builders[name], PACKAGES.get(name), profiled=is_profiled(case) and name == "nibble")
         for name in trainers(case, quick=quick)
     ]
     with capped(cap, device):
-        found = measure_steps(entrants, works, device, QUICK_ROUNDS if quick else ROUNDS)
-    for entrant in entrants:
-        used = half if entrant.name == "lavin_lite" else dtype
-        row = new_row(case, entrant.name, str(used).removeprefix("torch."), origin, entrant.package)
-        steps = found[entrant.name]
-        if isinstance(steps, str):
-            yield row(failure=steps)
-        else:
-            own = setting.fields() if entrant.name == "nibble" else {}
+        for entrant, steps in measure_steps(entrants, works, device, QUICK_ROUNDS if quick else ROUNDS):
+            used = half if entrant.name == "lavin_lite" else dtype
+            row = new_row(case, entrant.name, str(used).removeprefix("torch."), origin, entrant.package)
+            if isinstance(steps, str):
+                yield row(failure=steps)
+                continue
+            done = sum(work.tokens for work in works)
+            own = planned(settings[0], vlm, packs, done, device) if entrant.name == "nibble" else {}
+            own["setting"] = "; ".join(filter(None, (own.get("setting"), steps.launched))) or None
             yield row("step", **steps.fields(), **figures(steps, works, shape.language, origin), **own)
     release(device)
+
+
+def planned(
+    setting: Setting, vlm: VisionLanguageModel, packs: Sequence[Pack], tokens: int, device: torch.device
+) -> dict[str, Any]:
+    """The setting and what is predicted of it, as fields of a row. A plan that fails costs no measured row: its fields
+    stay empty, which plan_check tells."""
+    try:
+        return setting.fields(vlm.config, packs, tokens, device)
+    except Exception as error:
+        print(f"nibble: no plan: {told(error)}", file=sys.stderr, flush=True)
+        return {}
 
 
 def step_samples(case: Case, shape: Shape) -> list[Workload]:

@@ -320,6 +320,9 @@ class LavinTrainer:
         self.optimizer.zero_grad()
         return total.item() / len(batch)
 
+    def launched(self) -> str:
+        return ""
+
 
 def linear(layer: Linear, dtype: torch.dtype) -> nn.Module:
     """The same linear, frozen: bitsandbytes' Linear4bit over the same packed weight, or torch's."""

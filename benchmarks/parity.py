@@ -25,13 +25,12 @@ import torch
 from benchmarks import command
 from benchmarks.end_to_end import SHAPES
 from benchmarks.lavin_lite import LavinTrainer
-from benchmarks.measure import reason
 from benchmarks.problem import Case, Yardstick
 from benchmarks.rows import Origin, Row
 from benchmarks.session import new_row
 from benchmarks.step import DTYPE, build
 from benchmarks.trainers import NibbleTrainer, Trainer
-from benchmarks.whole_steps import release, timing
+from benchmarks.whole_steps import release, timing, told
 from benchmarks.workload import Workload, workload
 from models.adapters.mma import AdapterConfig
 
@@ -60,20 +59,21 @@ def rows(case: Case, device: torch.device, origin: Origin, quick: bool) -> Itera
         workload(SAMPLES, shape.language.vocab_size, tower.image_size, seed=seed, longest=shape.longest)
         for seed in range(case.shape["steps"])
     ]
+    curves: list[list[float]] = []
+    spent: list[float] = []
+    why = ""
     try:
-        plain = [
-            LavinTrainer(vlm, device, dtype=dtype, lr=LR, padded=shape.longest, polite=True, order=seed)
-            for seed in range(QUICK_PLAIN_RUNS if quick else PLAIN_RUNS)
-        ]  # before the engine trains the model that they copy
-    except ImportError as missing:
-        yield new_row(case, "noise", str(dtype).removeprefix("torch."), origin, "bitsandbytes")(failure=reason(missing))
+        for seed in range(QUICK_PLAIN_RUNS if quick else PLAIN_RUNS):  # before the engine trains the model they copy
+            plain = LavinTrainer(vlm, device, dtype=dtype, lr=LR, padded=shape.longest, polite=True, order=seed)
+            torch.manual_seed(seed)  # of dropout
+            curve, seconds = train(plain, works)
+            curves.append(curve)
+            spent += seconds
+    except Exception as failure:  # of any kind: it is bitsandbytes' or plain torch's, not ours
+        why = told(failure)
+    if why:
+        yield new_row(case, "noise", str(dtype).removeprefix("torch."), origin, "bitsandbytes")(failure=why)
         return
-    curves, spent = [], []
-    for seed, trainer in enumerate(plain):
-        torch.manual_seed(seed)  # of dropout
-        curve, seconds = train(trainer, works)
-        curves.append(curve)
-        spent += seconds
     ours, seconds = train(NibbleTrainer(vlm, case.shape["T"], device, lr=LR), works)
     for name, times, error, package in (
         ("nibble", seconds, distance(ours, curves), None),

@@ -30,9 +30,19 @@ HEAD = """# Benchmarks
 Written by `python -m benchmarks.report` from the rows in `results/`; do not edit it.
 
     python -m benchmarks.suite              csrc, GPU tests, kernels, whole steps; rows go to benchmarks/results
-    python -m benchmarks.suite --quick      the goals' cases only, within 8 minutes
-    python -m benchmarks.rms_norm           one benchmark alone; --list shows its cases
+    python -m benchmarks.suite --quick      the goals' cases only, what matters most first, for 8 minutes at most
+    python -m benchmarks.rms_norm           one benchmark alone; --list shows its cases, --case WORDS takes some
     python -m benchmarks.report             this file again, with the new rows
+
+With half an hour on a card, in this order; each line stops by itself, with what it has. Of a case the run counts that
+measured it last, so lines may be repeated alone (where the tree is a copy without git: --commit). Peers that are not
+installed (bitsandbytes, peft with transformers, liger-kernel) are told as not measured.
+
+    python -m benchmarks.suite --seconds 480 --only csrc end_to_end --case model=7B
+    python -m benchmarks.suite --seconds 420 --only csrc end_to_end --case model=13B
+    python -m benchmarks.suite --seconds 420 --quick --only csrc tests step parity packing
+    python -m benchmarks.suite --seconds 400 --quick --only csrc kernels
+    python -m benchmarks.report
 
 Every variant is checked against the fp32 reference, then timed by CUDA events in turns with the others: median, in
 brackets the 20 % and 80 % quantiles, of passes over sets of random inputs that outgrow the L2 cache. Percentages are of
@@ -185,7 +195,8 @@ def _whole_steps(rows: Sequence[Row]) -> list[str]:
         "| case | trainer | samples/s | tokens/s | MFU4 | allocated GiB | device GiB | idle | host syncs | policy |",
         "|---" * 10 + "|",
     ]
-    for row in found:
+    cases = {name: place for place, name in enumerate(dict.fromkeys(row.name for row in found))}
+    for row in sorted(found, key=lambda row: (cases[row.name], row.variant != OURS_FIRST)):
         cells = [
             row.name, row.variant, f"{row.samples_per_s:.2f}", _planned(row.tokens_per_s, row.plan_tokens_per_s),
             _percent(row.fraction), _gib(row.allocated_bytes, row.plan_bytes),

@@ -72,11 +72,13 @@ class Row:
     tokens_per_s: float | None = None  # real ones: no padding, no modality tokens
     allocated_bytes: int | None = None  # the most that torch's allocator gave at once
     device_bytes: int | None = None  # the most taken of the device: reserved memory, CUDA context, libraries
-    idle: float | None = None  # share of a step in which nothing runs on the device
+    idle: float | None = None  # share of a step in which nothing runs on the device, under the profiler
+    busy_ms: float | None = None  # of a step in which something runs there, likewise
     syncs: int | None = None  # times that the host waits for the device in a step
     policy: str | None = None  # what layers keep for the backward pass
     setting: str | None = None  # how weights are unpacked and steps launched
-    plan_bytes: int | None = None  # what --plan predicts for this run, beside allocated_bytes
+    ran: dict[str, Any] | None = None  # of ours, what a prediction of it needs (engine_setting.py)
+    plan_bytes: int | None = None  # what --plan predicted for this run, beside allocated_bytes
     plan_tokens_per_s: float | None = None
     efficiency: float | None = None  # real tokens of those computed
     origin: Origin
@@ -125,6 +127,8 @@ def _is_valid(name: str, value: object) -> bool:
         return isinstance(value, bool) or (value is None and name in _OWN)
     if name == "case":
         return isinstance(value, dict) and bool(value)
+    if name == "ran":
+        return value is None or (isinstance(value, dict) and bool(value))
     if value is None:
         return name in _OWN
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
@@ -163,13 +167,16 @@ def _read_file(path: Path) -> Iterator[Row]:
 
 
 def latest(rows: list[Row]) -> list[Row]:
-    """Those that count: of each card and benchmark the run that ended last, of each measurement in it the last row."""
-    ended: dict[tuple[str, str], tuple[str, str]] = {}
+    """Those that count: of each card and case the run that measured it last, of each measurement in it the last row.
+
+    What is compared is thus of one process, and the cases of a benchmark may be measured in several runs.
+    """
+    ended: dict[tuple[str, str, str], tuple[str, str]] = {}
     for row in rows:
-        key, when = (row.origin.gpu, row.bench), (row.origin.date, row.origin.run)
+        key, when = (row.origin.gpu, row.bench, row.name), (row.origin.date, row.origin.run)
         ended[key] = max(when, ended.get(key, when))
     chosen: dict[tuple[str, ...], Row] = {}
     for row in sorted(rows, key=lambda row: row.origin.date):
-        if row.origin.run == ended[row.origin.gpu, row.bench][1]:
+        if row.origin.run == ended[row.origin.gpu, row.bench, row.name][1]:
             chosen[row.origin.gpu, row.bench, row.name, row.dtype, row.mode or "", row.variant] = row
     return list(chosen.values())

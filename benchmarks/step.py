@@ -41,7 +41,6 @@ MODELS = {
     "tiny": LlamaConfig(vocab_size=96, dim=64, num_layers=2, num_heads=2, num_kv_heads=2, ffn_dim=96),
     # bitsandbytes on a CPU takes weights whose rows are whole blocks
     "toy": LlamaConfig(vocab_size=96, dim=64, num_layers=2, num_heads=2, num_kv_heads=2, ffn_dim=128),
-    "8B": LlamaConfig(vocab_size=128256, num_kv_heads=8, ffn_dim=14336, rope_theta=500000.0),  # Llama-3.1
 }
 TOWER = ClipConfig(width=64, num_layers=6, num_heads=1, image_size=28, mlp_dim=64)  # text only: it does not run
 PROMPT_SHARE = 0.3  # of a sample's tokens that are no targets: LaVIN's prompts have 87 of 287

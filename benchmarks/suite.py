@@ -1,8 +1,9 @@
 """Everything that needs a GPU, as one command: csrc is built, kernels tested, timed beside their peers, whole steps.
 
-    python -m benchmarks.suite [--quick] [--only NAME] [--list] [--output DIR]
+    python -m benchmarks.suite [--quick] [--only NAME ...] [--case WORDS] [--seconds N] [--list] [--output DIR]
 
-Each part runs in a process of its own, so that one that fails, or takes the device down, does not stop the others.
+Each part runs in a process of its own, so that one that fails, or takes the device down, does not stop the others. What
+the whole project is for comes first, so that it is there when the time is over.
 Exit code 0; 1 where a part failed or was not reached in time; 4 without a CUDA GPU.
 """
 
@@ -16,7 +17,7 @@ import sys
 import time
 from dataclasses import dataclass
 
-from benchmarks.command import FAILED, add_flags, require_gpu
+from benchmarks.command import FAILED, add_flags, chosen, require_gpu
 from benchmarks.problem import Bench, Yardstick
 from benchmarks.session import ROOT, new_run
 
@@ -24,9 +25,11 @@ KERNELS = (
     "rms_norm", "layer_norm", "norm_mma", "projector", "rope", "swiglu", "attention", "linear_cross_entropy",
     "adamw", "dequantize_nf4", "linear_nf4", "linear_nf4_chain", "linear_int8", "lora_linear",
 )  # fmt: skip
-BENCHES = (*KERNELS, "step", "decode")
-YARDSTICKS = ("packing", "end_to_end", "parity")
-PARTS = ("csrc", "tests", *BENCHES, *YARDSTICKS)
+BENCHES = ("step", *KERNELS, "decode")
+YARDSTICKS = ("end_to_end", "parity", "packing")
+BEFORE = ("csrc", "tests")  # no benchmarks
+PARTS = (*BEFORE, "step", *YARDSTICKS, *KERNELS, "decode")
+GROUPS = {"kernels": (*KERNELS, "decode"), "whole": ("step", *YARDSTICKS)}
 TESTS = ("pytest", "-q", "tests/csrc", "tests/kernels")
 QUICK_SECONDS = 460.0  # of --quick in all: eight minutes, less what starting and stopping takes
 
@@ -58,9 +61,20 @@ def main(argv: list[str]) -> int:
         prog="python -m benchmarks.suite", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_flags(parser)
-    parser.add_argument("--only", choices=PARTS, metavar="NAME", help=f"one part: {', '.join(PARTS)}")
+    names = (*PARTS, *GROUPS)
+    parts_help = f"these parts, in the suite's order: {', '.join(names)}"
+    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=parts_help)
+    limit_help = f"stop then, with what was measured (--quick: {QUICK_SECONDS:g})"
+    parser.add_argument("--seconds", type=float, metavar="N", help=limit_help)
     flags = parser.parse_args(argv)
-    parts = [flags.only] if flags.only else list(PARTS)
+    wanted = {part for name in flags.only or PARTS for part in GROUPS.get(name, (name,))}
+    parts = [name for name in PARTS if name in wanted]
+    without = [
+        name for name in parts
+        if flags.case and name not in BEFORE and not chosen(part(name), quick=flags.quick, wanted=flags.case)
+    ]  # fmt: skip
+    if without:
+        parser.error(f"no case of {', '.join(without)} has the words of --case: name others with --only")
     if flags.list:
         for name in parts:
             print(f"{name:<22} {_about(name)}")
@@ -69,9 +83,11 @@ def main(argv: list[str]) -> int:
     run = flags.run or new_run(flags.commit)
     passed_on = ["--output", str(flags.output.resolve()), "--run", run]
     passed_on += ["--commit", flags.commit] if flags.commit else []
+    passed_on += [word for text in flags.case for word in ("--case", text)]
     passed_on += ["--quick"] if flags.quick else []
-    deadline = time.monotonic() + QUICK_SECONDS if flags.quick else None
-    outcomes = [_run(name, passed_on, deadline) for name in parts]
+    seconds = QUICK_SECONDS if flags.seconds is None and flags.quick else flags.seconds
+    deadline = None if seconds is None else time.monotonic() + seconds
+    outcomes = [_run(name, passed_on, deadline, quick=flags.quick) for name in parts]
     print("\n" + "\n".join(f"{o.part:<22} {o.seconds:6.1f} s  {o.problem or 'ok'}" for o in outcomes))
     print(f"rows in {flags.output / run}.jsonl; python -m benchmarks.report makes tables of them")
     return FAILED if any(o.problem for o in outcomes) else 0
@@ -87,16 +103,16 @@ def _about(name: str) -> str:
     return f"{len(found.cases())} cases. {first_line}"
 
 
-def _run(name: str, flags: list[str], deadline: float | None) -> Outcome:
+def _run(name: str, flags: list[str], deadline: float | None, *, quick: bool) -> Outcome:
     start = time.monotonic()
     left = None if deadline is None else deadline - start
     if left is not None and left <= 0:
-        return Outcome(name, "not reached: the time of --quick is over", 0.0)
+        return Outcome(name, "not reached: the time is over", 0.0)
     words = [sys.executable, "-m", f"benchmarks.{name}", *flags]
     if name == "csrc":
         words = [sys.executable, "-m", "csrc.build", "--optional"]
     elif name == "tests":
-        in_full = deadline is None and importlib.util.find_spec("pytest") is not None
+        in_full = not quick and importlib.util.find_spec("pytest") is not None
         words = [sys.executable, "-m", *(TESTS if in_full else ("benchmarks.checks",))]
     print(f"\n== {name}", flush=True)
     try:

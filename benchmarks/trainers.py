@@ -36,6 +36,9 @@ class Trainer(Protocol):
 
     def step(self, batch: Any) -> float: ...
 
+    def launched(self) -> str:
+        """How its passes were launched, where there is more than one way."""
+
 
 class NibbleTrainer:
     """The engine: its planner, its packs, its step; on a GPU as CUDA graphs, as by default.
@@ -73,6 +76,12 @@ class NibbleTrainer:
         )  # fmt: skip
         self.steps += 1
         return result.loss
+
+    def launched(self) -> str:
+        passes = self.passes
+        if not isinstance(passes, GraphedPasses):
+            return ""
+        return f"{passes.replayed} of {passes.replayed + passes.launched} passes by CUDA graphs"
 
 
 def packs_of(work: Workload, tokens: int, reduction: Reduction) -> list[Pack]:

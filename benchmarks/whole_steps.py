@@ -4,9 +4,12 @@
   memory: `allocated_bytes` of torch's allocator at the peak (a CUDA graph's memory counts when it is captured),
   `device_bytes` of the device, CUDA context included. Weights that it shares with another trainer are added to both.
 * Then they take turns, a step each on the same samples; a step's time is the host's, from an idle device to an idle
-  device, so nothing that a loop leaves to its next step is for free.
-* Idle share and waits are the profiler's, of two steps in a row: the share of the time from the first kernel to the
-  last in which nothing runs on the device, and the calls by which the host waits for it.
+  device, copies from the host included, so nothing that a loop leaves to its next step is for free. Kernels are
+  compiled and graphs captured before.
+* Idle share and waits are the profiler's, of two steps in a row: the share of the host's time for them in which nothing
+  runs on the device, and the calls by which the host waits for it. The profiler itself slows launches down, those
+  inside a graph too, so the share is an upper bound; `busy_ms`, of which it takes away nothing, is told as well.
+* One that fails, at whatever point, ends its own part alone, and what is known of a trainer is handed on at once.
 """
 
 from __future__ import annotations
@@ -14,9 +17,9 @@ from __future__ import annotations
 import gc
 import math
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,14 +33,13 @@ from benchmarks.workload import Workload
 
 @dataclass(frozen=True, slots=True)
 class Entrant:
-    """A trainer that takes part. `profiled`: its idle share and waits are measured (a profile of an eager loop's step
-    is very long)."""
+    """A trainer that takes part. `profiled`: its idle share and waits are measured; what is timed later in the process
+    is a little slower for it."""
 
     name: str
     build: Callable[[], Trainer]  # what it raises is reported in its place
     package: str | None = None  # distribution of a peer
     profiled: bool = False
-    quick: bool = True
 
 
 @dataclass(slots=True)
@@ -49,14 +51,16 @@ class Steps:
     allocated_bytes: int | None = None
     device_bytes: int | None = None
     idle: float | None = None
+    busy_ms: float | None = None
     syncs: int | None = None
     launches: int | None = None
+    launched: str = ""  # how: for the row's setting
 
     def fields(self) -> dict[str, Any]:
         """Of a row."""
         return timing(self.seconds) | {
             "allocated_bytes": self.allocated_bytes, "device_bytes": self.device_bytes, "idle": self.idle,
-            "syncs": self.syncs, "launches": self.launches,
+            "busy_ms": self.busy_ms, "syncs": self.syncs, "launches": self.launches,
         }  # fmt: skip
 
 
@@ -69,35 +73,55 @@ def timing(seconds: Sequence[float]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@dataclass(slots=True, eq=False)
+class _Running:
+    """A trainer that is warm."""
+
+    entrant: Entrant
+    trainer: Trainer
+    batches: list[Any]
+    steps: Steps
+
+
 def measure_steps(
     entrants: Sequence[Entrant], works: Sequence[Workload], device: torch.device, rounds: int
-) -> dict[str, Steps | str]:
-    """By name: what was measured, or why nothing was. Each round is a step of each trainer on the same samples."""
-    found: dict[str, Steps | str] = {}
-    running: list[tuple[str, Trainer, list[Any]]] = []
+) -> Iterator[tuple[Entrant, Steps | str]]:
+    """Each trainer with what was measured, or why nothing was: those that fail when they do, the others after the last
+    round, those that are profiled at the end. A round is a step of each trainer on the same samples."""
+    running: list[_Running] = []
     for entrant in entrants:
+        why = ""
         try:
-            trainer, batches, found[entrant.name] = _warm_up(entrant, works, device)
-            running.append((entrant.name, trainer, batches))
+            running.append(_warm_up(entrant, works, device))
         except Exception as error:  # of any kind: what a peer raises is the finding
-            if device_is_lost():
-                raise
-            found[entrant.name] = reason(error)
-        release(device)
+            why = told(error)
+        release(device)  # what a failure held, too
+        if why:
+            yield entrant, why
     for done in range(rounds):
         first = done % max(1, len(running))
-        for name, trainer, batches in running[first:] + running[:first]:
-            steps = found[name]
-            assert isinstance(steps, Steps)
-            seconds, loss = _timed(trainer, batches[done % len(batches)], device)
-            steps.seconds.append(seconds)
-            steps.losses.append(loss)
-    profiled = {entrant.name for entrant in entrants if entrant.profiled}
-    for name, trainer, batches in running if device.type == "cuda" else ():
-        steps = found[name]
-        if name in profiled and isinstance(steps, Steps):
-            steps.idle, steps.syncs, steps.launches = profile_steps(trainer, batches)
-    return found
+        for one in running[first:] + running[:first]:
+            why = ""
+            try:
+                _timed(one, done, device)
+            except Exception as error:
+                why = told(error)
+            if why:
+                running.remove(one)
+                yield one.entrant, why
+    for one in running:
+        one.steps.launched = one.trainer.launched()
+    for one in sorted(running, key=lambda one: one.entrant.profiled):
+        if one.entrant.profiled and device.type == "cuda":
+            _profile(one)
+        yield one.entrant, one.steps
+
+
+def told(error: Exception) -> str:
+    """One line about it; raises it where the device is lost, which is no word on what comes next."""
+    if device_is_lost():
+        raise error
+    return reason(error)
 
 
 def release(device: torch.device) -> None:
@@ -108,7 +132,7 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _warm_up(entrant: Entrant, works: Sequence[Workload], device: torch.device) -> tuple[Trainer, list[Any], Steps]:
+def _warm_up(entrant: Entrant, works: Sequence[Workload], device: torch.device) -> _Running:
     """Builds a trainer and runs a step of each workload: kernels compile, graphs are captured, AdamW has its state."""
     held = reserved = 0
     if device.type == "cuda":
@@ -121,66 +145,88 @@ def _warm_up(entrant: Entrant, works: Sequence[Workload], device: torch.device) 
         release(device)
         torch.cuda.reset_peak_memory_stats()
     for batch in trainer.warm_ups * batches:
-        if not math.isfinite(loss := trainer.step(batch)):
-            raise FloatingPointError(f"the loss is {loss}: such a step may have left work out")
+        _finite(trainer.step(batch))
     if device.type == "cuda":
         torch.cuda.synchronize()
         free, total = torch.cuda.mem_get_info()
         steps.allocated_bytes = torch.cuda.max_memory_allocated() - held + trainer.borrowed_bytes
         steps.device_bytes = total - free - reserved + trainer.borrowed_bytes
-    return trainer, batches, steps
+    return _Running(entrant, trainer, batches, steps)
 
 
-def _timed(trainer: Trainer, batch: Any, device: torch.device) -> tuple[float, float]:
+def _timed(one: _Running, number: int, device: torch.device) -> None:
+    """Adds a step on the samples whose turn it is."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
-    loss = trainer.step(batch)
+    loss = one.trainer.step(one.batches[number % len(one.batches)])
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start, loss
+    one.steps.seconds.append(time.perf_counter() - start)
+    one.steps.losses.append(_finite(loss))
 
 
-def profile_steps(trainer: Trainer, batches: Sequence[Any]) -> tuple[float | None, int | None, int | None]:
-    """Idle share, waits a step and launches a step; None where the profiler sees nothing (no CUPTI).
+def _finite(loss: float) -> float:
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss}: such a step may have left work out")
+    return loss
+
+
+def _profile(one: _Running) -> None:
+    """Adds the profiler's figures. Without them the times still stand."""
+    try:
+        found = profile_steps(one.trainer, one.batches)
+    except Exception as error:
+        print(f"{one.entrant.name}: no idle share, no waits: {told(error)}", file=sys.stderr, flush=True)
+        return
+    if found is None:
+        print(f"{one.entrant.name}: no idle share, no waits: the profiler saw no kernel (CUPTI?)", file=sys.stderr)
+        return
+    one.steps.idle, one.steps.busy_ms, one.steps.syncs, one.steps.launches = found
+
+
+def profile_steps(trainer: Trainer, batches: Sequence[Any]) -> tuple[float, float, int, int] | None:
+    """Idle share of two steps in a row; milliseconds of a step in which the device runs something; waits and launches a
+    step. None where the profiler sees nothing (no CUPTI).
 
     Waits and launches are the difference of a profile of two steps and one of one step: what the profiler itself does
-    at the end of a profile is in both.
+    at the end of a profile is in both. The first profile also has what it does at the start of a process.
     """
     one, two = (_events(trainer, [batches[0]] * count) for count in (1, 2))
     if not one.kernels or not two.kernels:
-        return None, None, None
-    return idle_share(two.kernels), two.waits - one.waits, len(two.kernels) - len(one.kernels)
+        return None
+    busy = busy_time(two.kernels)
+    return max(0.0, 1 - busy / two.wall), busy / 2e3, two.waits - one.waits, len(two.kernels) - len(one.kernels)
 
 
 @dataclass(slots=True)
 class _Events:
     kernels: list[tuple[float, float]]  # begin and end on the device, us: kernels, copies, fills
     waits: int
+    wall: float  # us of the host
 
 
 def _events(trainer: Trainer, batches: Sequence[Any]) -> _Events:
-    found = _Events([], 0)
     torch.cuda.synchronize()
-    with suppress(RuntimeError, AssertionError):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            for batch in batches:
-                trainer.step(batch)
-        events: Any = profile.events()
-        for event in events:
-            if str(event.device_type).endswith("CUDA"):
-                found.kernels.append((event.time_range.start, event.time_range.end))
-            elif "Synchronize" in event.name:
-                found.waits += 1
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        start = time.perf_counter()
+        for batch in batches:
+            trainer.step(batch)  # waits for its loss, the last of what it launches
+        wall = time.perf_counter() - start
+    found = _Events([], 0, 1e6 * wall)
+    events: Any = profile.events()
+    for event in events:
+        if str(event.device_type).endswith("CUDA"):
+            found.kernels.append((event.time_range.start, event.time_range.end))
+        elif "Synchronize" in event.name:
+            found.waits += 1
     return found
 
 
-def idle_share(kernels: Sequence[tuple[float, float]]) -> float:
-    """The share of the time from the first begin to the last end in which none of the intervals runs."""
-    ordered = sorted(kernels)
-    begin = last = ordered[0][0]
-    busy = 0.0
-    for start, end in ordered:
+def busy_time(kernels: Sequence[tuple[float, float]]) -> float:
+    """How long at least one of the intervals (begin, end) runs."""
+    busy, last = 0.0, -math.inf
+    for start, end in sorted(kernels):
         busy += max(0.0, end - max(start, last))
         last = max(last, end)
-    return 1.0 - busy / (last - begin) if last > begin else 0.0
+    return busy

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint import find_latest, load_checkpoint
-from engine.config import Config
+from engine.config import BITS, Config, dataset_format, longest_sample
 from engine.data.chat import ChatData
 from engine.data.layout import Layout
 from engine.data.rows import Rows
@@ -31,8 +31,6 @@ from models.weights.identity import check_identity
 from models.weights.language import LanguageSource, open_language
 from models.weights.lavin import read_lavin_adapters, read_lavin_args
 from models.weights.names import check_shapes
-
-BITS = {"4bit": 4, "8bit": 8, "16bit": 16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,15 +163,7 @@ def _empty(config: Config, sources: Sources, device: torch.device) -> VisionLang
 
 def layout_of(config: Config, tokenizer: Tokenizer) -> Layout:
     """How this configuration lays out text."""
-    chat_cut = config.legacy.chat_length and dataset_format(config) == "chat"
-    return Layout(tokenizer, max_seq_len=512 if chat_cut else config.dataset.max_seq_len, image_tokens=NUM_TAPS)
-
-
-def dataset_format(config: Config) -> str:
-    """scienceqa, chat or rows; `auto` goes by what was named."""
-    if config.dataset.format != "auto":
-        return config.dataset.format
-    return "rows" if config.data else "scienceqa"
+    return Layout(tokenizer, max_seq_len=longest_sample(config), image_tokens=NUM_TAPS)
 
 
 def open_scienceqa(config: Config, tokenizer: Tokenizer, split: str) -> ScienceQA:

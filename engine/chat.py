@@ -12,8 +12,7 @@ from pathlib import Path
 
 import torch
 
-from engine.build import dataset_format
-from engine.config import ChatConfig
+from engine.config import ChatConfig, dataset_format
 from engine.data.rows import instruction
 from engine.generation import Sampling, generate
 from engine.trained import Trained, open_trained, run_config

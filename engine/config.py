@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 Bits = Literal["4bit", "8bit", "16bit"]
+BITS = {"4bit": 4, "8bit": 8, "16bit": 16}
 Trained = Literal["frozen", "mma", "full"]
 
 
@@ -334,6 +335,19 @@ def get(config: object, path: str) -> Any:
 def is_demo(config: Config) -> bool:
     """Whether nothing was named to train on: neither data nor a base model."""
     return not (config.data or config.dataset.root or config.model.language)
+
+
+def dataset_format(config: Config) -> str:
+    """scienceqa, chat or rows; `auto` goes by what was named."""
+    if config.dataset.format != "auto":
+        return config.dataset.format
+    return "rows" if config.data else "scienceqa"
+
+
+def longest_sample(config: Config) -> int:
+    """Tokens after which a sample is cut, its modality token among them."""
+    chat_cut = config.legacy.chat_length and dataset_format(config) == "chat"
+    return 512 if chat_cut else config.dataset.max_seq_len
 
 
 def run_directory(config: Config) -> Path:

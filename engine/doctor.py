@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from engine.demo.cache import BASE_WEIGHTS, cache_root, quantized_weights
+from engine.files import is_dir
 
 if TYPE_CHECKING:
     from engine.op_checks import OpCheck
@@ -198,20 +199,30 @@ def demo_cache() -> Iterator[Finding]:
             "disk", "demo cache", f"{root} cannot be written", "problem", "set NIBBLE_CACHE to another folder"
         )
         return
-    made = sorted(path.name for path in root.glob("demo-*"))
+    made = sorted(path.name for path in root.glob("demo-*")) if is_dir(root) else []
     yield Finding("disk", "demo cache", f"{root}: {', '.join(made) or 'empty, the first demo fills it'}")
 
 
 def weight_cache() -> Iterator[Finding]:
     """What is kept of models that were quantized once. Nobody removes what was made from files that are gone."""
     root = quantized_weights()
-    kept = sorted(path for path in root.glob("*") if path.is_dir())
-    if not kept:
+    try:
+        found = sorted(path for path in root.iterdir() if path.is_dir())
+        sizes = {path.name: sum(file.stat().st_size for file in path.iterdir() if file.is_file()) for path in found}
+    except FileNotFoundError:
+        sizes = {}
+    except OSError as error:
+        do = "set NIBBLE_CACHE to another folder, or every start reads and quantizes the weights again"
+        yield Finding("disk", "weight cache", f"{error.filename} cannot be read: {error.strerror}", "note", do)
+        return
+    if not sizes:
         yield Finding("disk", "weight cache", f"{root}: empty, the first start with real weights fills it")
         return
-    sizes = [sum(file.stat().st_size for file in path.iterdir() if file.is_file()) for path in kept]
-    each = ", ".join(f"{path.name} {size / 2**30:.2f} GiB" for path, size in zip(kept, sizes, strict=True))
-    text = f"{root}: {sum(sizes) / 2**30:.2f} GiB ({each}); what is no longer wanted may be deleted"
+    each = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in sizes.items() if not name.startswith("."))
+    text = f"{root}: {sum(sizes.values()) / 2**30:.2f} GiB ({each or 'none whole'}); "
+    text += "what is no longer wanted may be deleted"
+    if unfinished := sum(size for name, size in sizes.items() if name.startswith(".")):
+        text += f"; {unfinished / 2**30:.2f} GiB are unfinished: the next start that keeps weights removes them"
     yield Finding("disk", "weight cache", text)
 
 
@@ -251,4 +262,4 @@ def _version(package: str) -> str | None:
 
 def _nearest(path: Path) -> Path:
     """The path itself, or the closest folder above it that is there."""
-    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if is_dir(folder))

@@ -11,6 +11,7 @@ to do (a command to type where there is one). None of them shows a traceback unl
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -106,22 +107,35 @@ _FROM_BELOW: dict[str, tuple[type[NibbleError], str]] = {
     "OutOfMemoryError": (OutOfMemory, _USE_LESS),  # of a GPU
     "MemoryError": (OutOfMemory, _USE_LESS),
 }
-_CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"  # in the text of a plain RuntimeError of torch
+# In the text of a plain RuntimeError of torch, or of its AcceleratorError.
+_CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"
+_OF_A_GPU = (
+    "CUDA error: out of memory", "CUDA driver error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)  # fmt: skip
 
 
 def as_nibble_error(error: BaseException) -> NibbleError | None:
     """The error as one of ours, or None where it is a defect that deserves its traceback."""
     if isinstance(error, NibbleError):
         return error
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:  # no memory for a file to be mapped, or a process
+        return OutOfMemory(error.strerror or str(error), where=str(error.filename or ""), do=_USE_LESS)
     if isinstance(error, OSError):
         return EnvironmentProblem(error.strerror or str(error), where=str(error.filename or ""))
-    if isinstance(error, RuntimeError) and _CPU_ALLOCATOR in str(error):
+    if isinstance(error, RuntimeError) and any(text in str(error) for text in (_CPU_ALLOCATOR, *_OF_A_GPU)):
         return OutOfMemory(str(error), do=_USE_LESS)
     for base in type(error).__mro__:
         if base.__name__ in _FROM_BELOW:
             kind, do = _FROM_BELOW[base.__name__]
             return kind(str(error) or "out of memory", do=do)
     return None
+
+
+def is_of_a_gpu(error: BaseException) -> bool:
+    """Whether it is a GPU whose memory has ended, and not the host's."""
+    names = {base.__name__ for base in type(error).__mro__}
+    return "OutOfMemoryError" in names or any(text in str(error) for text in _OF_A_GPU)
 
 
 def run_command(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:

@@ -23,6 +23,14 @@ def beside(path: Path, prefix: str) -> Path:
     return path.with_name(f"{prefix}{path.name}-{uuid.uuid4().hex[:12]}")
 
 
+def is_dir(path: Path) -> bool:
+    """Whether a directory is there; False also where the system does not let us look (Path.is_dir raises then)."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
 def step_number(path: Path) -> int | None:
     """The N of a checkpoint directory step-N (or .old-step-N); None for anything else."""
     match = _STEP.fullmatch(path.name)

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 
 import torch
 
-from engine.build import dataset_format, open_scienceqa
+from engine.build import open_scienceqa
+from engine.config import dataset_format
 from engine.data.prompts import question_with_options
 from engine.environment import device_name
 from engine.errors import DataError

@@ -8,14 +8,20 @@ is one launch. What it was captured with stays as it was, addresses and host val
                 engine/data/padding.py keeps signatures few
     seed, loss scale, sum of losses   are device tensors, filled before a replay; nothing else may change
     gradients   are added to the optimiser's buffers, in place
-    memory      is one pool for all graphs and for passes launched op by op, which run one after another on one stream
-                and leave nothing in it: two shapes do not need the memory of two
+    memory      is one pool for all graphs and for passes launched op by op, which run one after another on one stream:
+                two shapes do not need the memory of two. What a pass leaves in it (what is made once, see below) may
+                lie where an earlier graph writes: those graphs are given up and captured again, in a new pool.
+                Blocks that are too small for a later pass stay in the pool: a step that finds no memory is repeated
+                once with a new one (engine/step.py)
     weights     that are unpacked (kernels/unpacked.py) are unpacked anew in each pass, into a buffer of the pass's own
 
 The first pass of a signature is launched op by op: it compiles and loads kernels, which a capture cannot, and makes
 what is made once (cuBLAS workspaces, RoPE tables). The second is captured and replayed. At most `most` signatures are
 captured, those that come twice first, for ever: which pass is a graph depends on the order of packs alone. Both ways
 launch the same kernels, so a run's numbers do not depend on it.
+
+Where something cannot be captured, or attention waits for the device, graphs and pool are given back, and the run goes
+on as without them. So are they at its end: evaluation may need the memory.
 
 The update is launched op by op: four kernels that read learning rate and scale from the device, launched while the last
 graph runs. It could be a graph, but there is nothing to win.
@@ -25,14 +31,16 @@ passes, the eager ones too, are on one stream that is not the default one; backw
 neither `use_mem_pool` nor a thread-local capture sees, so it is kept in the calling thread; threads of the loader pin
 memory while a capture is under way, which is an error unless captures are thread-local; a pinned tensor that is freed
 during a capture records an event in it, so the packs of a step are held until its end; torch.utils.checkpoint saves a
-generator's state, which fails in a capture, unless told not to (dropout here is a hash).
+generator's state, which fails in a capture, unless told not to (dropout here is a hash); memory that the allocator
+keeps for others is not given up for a pool in use, so it is freed before; after a capture that CUDA has refused to end,
+torch's allocator believes that it is still in it.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -96,6 +104,14 @@ class Passes:
     def _with_features(self, pack: Pack) -> Pack:
         return pack if self.features is None else self.features.fill(pack)
 
+    @property
+    def keeps_memory(self) -> bool:
+        """Whether there may be memory that only passes can use."""
+        return False
+
+    def release(self) -> None:
+        """Gives that memory back; there may be passes later."""
+
 
 class Recorder(Protocol):
     """What captures. A test puts another in its place."""
@@ -103,11 +119,11 @@ class Recorder(Protocol):
     def stream(self) -> AbstractContextManager[None]:
         """The stream of everything below."""
 
-    def make_room(self) -> None:
-        """Memory that is kept for others, and free, is to be had inside `memory`; may wait for the device."""
-
     def memory(self) -> AbstractContextManager[None]:
-        """What is launched inside takes its memory where recordings take theirs, and keeps none that matters later."""
+        """What is launched inside takes its memory where recordings take theirs; may wait for the device."""
+
+    def held(self) -> int:
+        """Bytes of that memory that are in use."""
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """Records what `work` would launch, to no effect, on inputs that are there; returns what launches it all."""
@@ -115,12 +131,16 @@ class Recorder(Protocol):
     def obstacle(self) -> str:
         """Why what has run cannot be recorded; empty where it can."""
 
+    def release(self, drop: Callable[[], object]) -> None:
+        """Waits for the device, lets `drop` forget all recordings, and gives the memory back; there may be new ones."""
+
 
 class CudaRecorder:
     """CUDA graphs on a stream and in a memory pool of their own."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self.device = torch.device("cuda", index)  # a pool wants it by number
         self.side = torch.cuda.Stream(device)
         self.pool = torch.cuda.MemPool()
 
@@ -132,22 +152,38 @@ class CudaRecorder:
             yield
         outer.wait_stream(self.side)
 
-    def make_room(self) -> None:
-        torch.cuda.empty_cache()  # the allocator does not by itself, while a pool is in use
-
     @contextmanager
     def memory(self) -> Iterator[None]:
+        torch.cuda.empty_cache()  # the allocator does not by itself, while a pool is in use
         with torch.cuda.use_mem_pool(self.pool, self.device), torch.autograd.set_multithreading_enabled(False):
             yield
+
+    def held(self) -> int:
+        return sum(segment["allocated_size"] for segment in self.pool.snapshot())
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         pool: Any = self.pool.id  # torch has two types for it
         capture = torch.cuda.graph(graph, pool=pool, stream=self.side, capture_error_mode="thread_local")
-        with torch.autograd.set_multithreading_enabled(False), capture:
-            work()
+        try:
+            with torch.autograd.set_multithreading_enabled(False), capture:
+                work()
+        except BaseException:
+            self._leave_capture()
+            raise
         replay: Callable[[], None] = graph.replay
         return replay
+
+    def _leave_capture(self) -> None:
+        """Undoes what capture_begin did to the allocator, where capture_end did not come to that."""
+        with suppress(RuntimeError):  # it did
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self.pool.id)
+            torch._C._cuda_releasePool(torch.cuda.current_device(), self.pool.id)
+
+    def release(self, drop: Callable[[], object]) -> None:
+        torch.cuda.synchronize(self.device)
+        drop()
+        self.pool = torch.cuda.MemPool()  # the old one goes with its last graph, but for what is still in use
 
     def obstacle(self) -> str:
         attention = decisions().get("attention", "")
@@ -183,30 +219,43 @@ class GraphedPasses(Passes):
         self._met: set[Signature] = set()
         self._graphs: dict[Signature, _Graph] = {}
         self._buffers: dict[object, Tensor] = {}
+        self._held = 0  # bytes in the recorder's memory that were there before the graphs
         self._off = False  # something cannot be captured
 
     def stream(self) -> AbstractContextManager[None]:
         return self.recorder.stream()
 
     def run(self, model: nn.Module, pack: Pack) -> None:
+        if self._off:
+            super().run(model, pack)
+            self.launched += 1
+            return
         if pack.feature_rows is not None:
             pack = self._with_features(pack.to(self.device))
         shape = signature(pack)
         graph = self._graphs.get(shape) or self._captured(model, pack, shape)
         if graph is None:
             self._launch(model, pack)
+            self._met.add(shape)  # not before: a pass that found no memory has not loaded all kernels
             return
         _copy(pack, graph.inputs)
         graph.replay()
         self.replayed += 1
 
+    @property
+    def keeps_memory(self) -> bool:
+        return not self._off
+
+    def release(self) -> None:
+        """Graphs are gone with it; shapes that were met are captured when they come again."""
+        unpacked.forget(memory=True)
+        self.recorder.release(self._graphs.clear)
+        self._buffers.clear()
+        self._held = 0
+
     def _captured(self, model: nn.Module, pack: Pack, shape: Signature) -> _Graph | None:
         """A new graph, where it is time for one."""
-        if self._off or len(self._graphs) >= self.most:
-            return None
-        if shape not in self._met:
-            self._met.add(shape)
-            self.recorder.make_room()
+        if shape not in self._met or len(self._graphs) >= self.most:
             return None
         inputs = self._inputs(pack)
         _copy(pack, inputs)
@@ -215,26 +264,46 @@ class GraphedPasses(Passes):
             run_pass(model, inputs, self.scalars)
             unpacked.forget()
 
+        graph, why = None, ""
         try:
             graph = _Graph(inputs, self.recorder.record(work))
-        except RuntimeError as error:
-            unpacked.forget()
-            self._give_up(f"a capture failed: {type(error).__name__}: {error}")
+        except RuntimeError as error:  # no longer than this does it keep what the pass had
+            why = f"a capture failed: {type(error).__name__}: {error}"
+        if graph is None:
+            self._give_up(why)
             return None
         self._graphs[shape] = graph
         logger.info("CUDA graph %d of at most %d: %s", len(self._graphs), self.most, shape)
         return graph
 
     def _launch(self, model: nn.Module, pack: Pack) -> None:
-        with self.recorder.memory():
+        if self._off:  # since just now
             run_pass(model, pack.to(self.device), self.scalars)
-            unpacked.forget(memory=True)
+        else:
+            unpacked.forget(memory=True)  # of other streams, too: the pool cannot have it otherwise
+            with self.recorder.memory():
+                run_pass(model, pack.to(self.device), self.scalars)
+                unpacked.forget(memory=True)
+            self._check()
         self.launched += 1
-        if not self._off and (obstacle := self.recorder.obstacle()):
+
+    def _check(self) -> None:
+        """After a pass in the recorder's memory."""
+        if obstacle := self.recorder.obstacle():
             self._give_up(obstacle)
+            return
+        held = self.recorder.held()
+        if held > self._held and self._graphs:
+            logger.info(
+                "CUDA graphs: %d are captured again, a pass left %d bytes", len(self._graphs), held - self._held
+            )
+            self.release()
+        else:
+            self._held = held
 
     def _give_up(self, why: str) -> None:
         self._off = True
+        self.release()
         logger.warning("no CUDA graphs from here on: %s", why)
 
     def _inputs(self, pack: Pack) -> Pack:

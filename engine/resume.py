@@ -8,7 +8,7 @@ from engine.checkpoint import find_latest, load_checkpoint
 from engine.config import Config, get, leaves
 from engine.config_file import from_yaml
 from engine.errors import CheckpointError
-from engine.plan.memory_budget import RECORDED
+from engine.settle import RECORDED
 from engine.setup import Setup
 from engine.trainer import Trainer
 from models.weights.identity import check_identity

@@ -41,9 +41,8 @@ from engine.graphs import GraphedPasses
 from engine.metrics import Metrics
 from engine.optim import Optimizer
 from engine.passes import choose_passes
-from engine.plan.make import make_plan, plan_text
-from engine.plan.memory_budget import settle_memory
-from engine.plan.out_of_memory import explained
+from engine.plan.make import bytes_of, make_plan, plan_text
+from engine.plan.out_of_memory import Attempt, explained, present_card
 from engine.plan.unpacked_memory import use_memory
 from engine.precision import choose_device, choose_dtype
 from engine.progress import Progress
@@ -51,6 +50,7 @@ from engine.resume import resume
 from engine.rundir import RunDir
 from engine.scaler import LossScaler
 from engine.schedule import CosineSchedule
+from engine.settle import settle_memory
 from engine.setup import Setup
 from engine.signals import StopSignals
 from engine.trainer import Trainer
@@ -75,8 +75,8 @@ def train(config: Config, argv: Sequence[str], notes: Sequence[str], max_steps: 
             try:
                 for note in notes if me.is_main else ():
                     logger.warning("%s", note)
-                with explained(config, device, rundir):
-                    _run(config, argv, me, device, rundir, max_steps)
+                with explained(Attempt(config, device, rundir, me)) as attempt:
+                    _run(attempt, argv, max_steps)
             except (NibbleError, ValueError, RuntimeError, OSError, MemoryError, KeyboardInterrupt) as error:
                 _record_error(rundir, me, error)
                 if isinstance(error, Stopped) and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
@@ -152,9 +152,8 @@ def _log_file(rundir: RunDir, me: Ranks) -> Iterator[None]:
             handler.close()
 
 
-def _run(
-    config: Config, argv: Sequence[str], me: Ranks, device: torch.device, rundir: RunDir, max_steps: int | None
-) -> None:
+def _run(attempt: Attempt, argv: Sequence[str], max_steps: int | None) -> None:
+    config, device, rundir, me = attempt.config, attempt.device, attempt.rundir, attempt.ranks
     started = time.perf_counter()
     full = "full" in (config.train.language, config.train.vision)
     dtype, why = choose_dtype(config.runtime.precision, device, full_training=full)
@@ -173,10 +172,11 @@ def _run(
     setup = Setup(config, sources, model, reader, me, device, rundir, benchmark)
     if not config.model.language and not is_demo(config):
         me.say("warning: without --model.language your data train the demo's toy model of 640 word pieces")
-    trainer = _trainer(setup, dataset, sampler, dtype)
+    trainer = _trainer(setup, attempt, dataset, sampler, dtype)
     trainer.max_steps = max_steps
     resumed = resume(setup, trainer)
     spare = settle_memory(setup, trainer, dtype)
+    attempt.begin_training(model.activation_policy, spare)
     unpacked = use_memory(config, model.language, device, dtype, spare)  # after DDP, which writes to every parameter
     if unpacked:
         me.say(f"unpacked   {unpacked}")
@@ -185,14 +185,16 @@ def _run(
     me.say(f"sample {describe(dataset.sample(sampler.indices(0)[0]), sources.tokenizer)}")
 
     with Progress(trainer.total_steps, me.is_main) as progress, StopSignals() as stop:
-        before = _accuracy_before(setup, trainer, progress)
+        with attempt.scoring():
+            before = _accuracy_before(setup, trainer, progress)
         trainer.state_extras["accuracy_before"] = before
         if me.is_main:
             step = trainer.counters.step if resumed else None
             trainer.metrics = Metrics(rundir.path, resume_step=step, tensorboard=config.log.tensorboard)
         model.train()
         trainer.train(progress, stop)
-        after = setup.accuracy(progress)
+        with attempt.scoring():
+            after = setup.accuracy(progress)
     if trainer.metrics is not None:
         trainer.metrics.close()
     if me.is_main and max_steps is None:
@@ -207,7 +209,8 @@ def _before(
     shapes = vlm_config(config, sources.language.config, sources.vision.config)
     plan = make_plan(
         config, shapes, str(sources.language.files[0].parent),
-        num_ranks=me.world, dense_bytes=dense_bytes, on_cuda=device.type == "cuda",
+        num_ranks=me.world, dense_bytes=dense_bytes, on_cuda=device.type == "cuda", samples=len(dataset),
+        weight_bytes=bytes_of(sources.files), card=present_card(device),
     )  # fmt: skip
     steps = sampler.steps_per_epoch
     lines = [
@@ -218,7 +221,7 @@ def _before(
     return "\n".join(lines)
 
 
-def _trainer(setup: Setup, dataset: Dataset, sampler: StepSampler, dtype: torch.dtype) -> Trainer:
+def _trainer(setup: Setup, attempt: Attempt, dataset: Dataset, sampler: StepSampler, dtype: torch.dtype) -> Trainer:
     config, me = setup.config, setup.ranks
     optim = config.optim
     passes = choose_passes(config, setup.model, setup.device, me, len(dataset))
@@ -249,7 +252,7 @@ def _trainer(setup: Setup, dataset: Dataset, sampler: StepSampler, dtype: torch.
         ranks=me,
         device=setup.device,
         steps_per_epoch=sampler.steps_per_epoch,
-        validate=_validation(setup),
+        validate=_validation(setup, attempt),
         on_epoch_end=lambda epoch: _write_lavin(setup, epoch),
         state_extras={
             "base": identity(setup.sources.files), "samples_per_step": optim.samples_per_step(me.world),
@@ -258,11 +261,11 @@ def _trainer(setup: Setup, dataset: Dataset, sampler: StepSampler, dtype: torch.
     )  # fmt: skip
 
 
-def _validation(setup: Setup) -> _Validation | None:
+def _validation(setup: Setup, attempt: Attempt) -> _Validation | None:
     if not setup.config.eval_data:
         return None
     layout = layout_of(setup.config, setup.sources.tokenizer)
-    return _Validation(setup, Rows(setup.config.eval_data, setup.config.image_folder, layout))
+    return _Validation(setup, attempt, Rows(setup.config.eval_data, setup.config.image_folder, layout))
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,14 +273,16 @@ class _Validation:
     """The validation loss of the rows of --eval_data."""
 
     setup: Setup
+    attempt: Attempt
     dataset: Dataset
 
     def __call__(self) -> float:
         s = self.setup
-        return validation_loss(
-            s.model, self.dataset, s.reader, s.ranks,
-            tokens_per_batch=s.config.runtime.tokens_per_batch, device=s.device,
-        )  # fmt: skip
+        with self.attempt.scoring():
+            return validation_loss(
+                s.model, self.dataset, s.reader, s.ranks,
+                tokens_per_batch=s.config.runtime.tokens_per_batch, device=s.device,
+            )  # fmt: skip
 
 
 def _accuracy_before(setup: Setup, trainer: Trainer, progress: Progress) -> Mapping[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -17,6 +18,8 @@ from engine.graphs import Passes
 from engine.optim import Optimizer
 from engine.scaler import LossScaler
 from models.pack import Pack
+
+logger = logging.getLogger("nibble")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +52,8 @@ def train_step(
     """Runs the packs of this rank and updates the weights once.
 
     The update is launched before anybody knows whether loss and gradient are finite; where they are not, it changes
-    nothing. An fp16 overflow repeats the same packs with a smaller loss scale, so no sample is lost.
+    nothing. An fp16 overflow repeats the same packs with a smaller loss scale, so no sample is lost. Where CUDA graphs
+    keep memory in pieces that are too small, they are given up and the packs repeated, once.
 
     Args:
         counts: numbers of this rank that are summed over ranks on the way, exact up to 2^24.
@@ -69,8 +73,20 @@ def _step(
     model: nn.Module, packs: Sequence[Pack], optimizer: Optimizer, scaler: LossScaler, ranks: Ranks, passes: Passes, *,
     step: int, seed: int, lr: float, clip_grad: float | None, counts: Sequence[float],
 ) -> StepResult:  # fmt: skip
+    may_release = passes.keeps_memory
     while True:
-        totals = _accumulate(model, packs, scaler.scale, ranks, counts, passes, step=step, seed=seed)
+        totals = None
+        try:
+            totals = _accumulate(model, packs, scaler.scale, ranks, counts, passes, step=step, seed=seed)
+        except torch.OutOfMemoryError:
+            if not may_release:
+                raise
+        if totals is None:  # the error is gone, and with it what it kept of the pass
+            may_release = False
+            logger.warning("step %d: no memory; it is repeated after giving back what is kept for passes", step)
+            passes.release()
+            optimizer.zero_grad()
+            continue
         norm = optimizer.step(lr, scale=scaler.scale, clip_grad=clip_grad, guard=totals[0])
         grad_norm, loss, *sums = torch.cat((norm.view(1), totals)).tolist()  # the step's one wait for the device
         if math.isfinite(loss) and math.isfinite(grad_norm):

@@ -12,6 +12,7 @@ import math
 import os
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -55,7 +56,11 @@ class TensorWriter:
         self.specs = specs
         self.head, self._places = _header(specs)
         self._file = path.open("xb")
-        self._file.write(self.head)
+        try:
+            self._file.write(self.head)
+        except OSError:
+            self.close()
+            raise
 
     def write(self, name: str, tensor: Tensor) -> int:
         """Puts a tensor of any device in its place. Returns the crc32 of its bytes."""
@@ -80,8 +85,10 @@ class TensorWriter:
         return size
 
     def close(self) -> None:
-        """Ends the writing, whether all is there or not."""
-        self._file.close()
+        """Ends the writing, whether all is there or not. After finish() there is nothing left to do; before it the file
+        is given up, so that what a full disk does not take any more (the rest of a buffer) is no error."""
+        with suppress(OSError):
+            self._file.close()
 
 
 def file_size(specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> int:

@@ -41,7 +41,7 @@ def keeps_features(tower: ClipVision) -> bool:
 
 class FeatureTable:
     """Which row of a table each image has. Row 0 is zeros; behind the rows of images are those of images that found no
-    room, for the length of a pack. Host side; to be asked in the order of steps."""
+    room, for the length of a pack. Host side; to be asked in the order in which the tower will see the packs."""
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
@@ -87,7 +87,8 @@ class TowerCache:
             row = pack.feature_rows.of_tiles[number : number + 1]
             self.values.index_copy_(0, row, self._look(pack.tiles[number : number + 1]))
         features = self.values.index_select(0, pack.feature_rows.of_images)
-        return replace(pack, tiles=None, features=features, feature_rows=None)
+        router = pack.tile_router[:0]  # of no tiles; else a graph would be one for packs with as many new images only
+        return replace(pack, tiles=None, tile_router=router, features=features, feature_rows=None)
 
     def _look(self, tile: Tensor) -> Tensor:  # [1, 3, H, W] -> [1, 6, W]
         features: Tensor = self.tower(tile, None, None)

@@ -91,6 +91,7 @@ class Trainer:
                 seconds = time.perf_counter() - start
                 fields = self._count(step, result, seconds) | {"data_ms": 1000 * waited}
                 self._after_step(step + 1, fields, progress, stop)
+        self.passes.release()
 
     def _after_step(self, done: int, fields: dict[str, float], progress: Progress, stop: StopSignals) -> None:
         """Logs, validates and saves where it is due; leaves where a signal asked for it."""

@@ -11,7 +11,8 @@ noted and not launched. What is counted:
     flops       2 M N K of products, by shape; of attention 4 (forward) and 14 (backward) times pairs x H x d, where
                 `Counter.pairs` says how many scores there are, since a meta tensor's segments have no lengths. All
                 else is bound by memory, and has none
-    bytes       each tensor that an op, or a launched kernel, reads or writes, once
+    bytes       each tensor that an op, or a launched kernel, reads or writes, once; twice what is read and written in
+                place. Of a table only the rows that are looked up or added to
     launches    kernels; a view, or memory that is only set aside, is none
     live, peak  bytes of the storages that were allocated inside and live still; views share theirs
 
@@ -171,18 +172,38 @@ def _bytes(values: Sequence[object]) -> int:
 # Ops that return memory as it is: no kernel runs.
 _UNTOUCHED = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh")
 
+_LOOK_UP = ("embedding", "gather", "index", "index_select")  # rows of their first argument
+_ADD_ROWS = ("index_add_",)  # (to, dim, index, rows)
+_WRITE = (  # and do not read their first argument
+    "copy_", "fill_", "full_like", "new_full", "new_ones", "new_zeros", "ones_like", "zero_", "zeros_like",
+)  # fmt: skip
+
 
 def _torch_op(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> Op | None:
-    """The op as it counts; None for a view, or memory that nothing is written to."""
+    """The op as it counts; None for a view, memory that nothing is written to, or a question (promote_types)."""
     schema = func._schema
     name = schema.name.removeprefix("aten::")
     views = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
-    if views or name in _UNTOUCHED or name == "_unsafe_view":
+    computes = schema.is_mutable or any(isinstance(value, Tensor) for value in tree_leaves(result))
+    if views or not computes or name in _UNTOUCHED or name == "_unsafe_view":
         return None
+    flops = _product_flops(name, args, result)
+    return Op(name, "product" if flops else "memory", flops, _moved(name, args, kwargs, result), 1)
+
+
+def _moved(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> int:
+    """Bytes that an op of torch reads and writes."""
     inputs = tree_leaves((args, kwargs))
     outputs = [] if kwargs.get("out") is not None else tree_leaves(result)  # an `out` is among the inputs
-    flops = _product_flops(name, args, result)
-    return Op(name, "product" if flops else "memory", flops, _bytes([*inputs, *outputs]), 1)
+    if name.startswith("_foreach_") and result is None:
+        outputs = list(args[0])  # in place, and nothing is returned
+    if name in _LOOK_UP:
+        return _bytes([*outputs, *outputs, *inputs]) - _bytes([args[0]])
+    if name in _ADD_ROWS:
+        return 2 * _bytes(args[3:4]) + _bytes(inputs) - _bytes([args[0]])
+    if name in _WRITE:
+        return _bytes([*inputs, *outputs]) - _bytes([args[0]])
+    return _bytes([*inputs, *outputs])
 
 
 def _product_flops(name: str, args: tuple[Any, ...], result: Any) -> int:

@@ -67,32 +67,32 @@ class Event(Protocol):
     """The end of some work on the second stream."""
 
     def wait(self) -> None:
-        """What is launched from now on starts after it."""
+        """What is launched from now on, where the work was asked for, starts after it."""
 
 
 class SecondStream(Protocol):
-    def run(self, work: Callable[[], None], buffer: Tensor) -> Event:
-        """Launches `work`, which writes into `buffer`, to start after everything that was launched before."""
+    def run(self, work: Callable[[], None]) -> Event:
+        """Launches `work` to start after everything that was launched before."""
 
 
 class _CudaEvent:
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        self.device, self.event = stream.device, stream.record_event()
+    def __init__(self, stream: torch.cuda.Stream, reader: torch.cuda.Stream) -> None:
+        self.event, self.reader = stream.record_event(), reader
 
     def wait(self) -> None:
-        self.event.wait(torch.cuda.current_stream(self.device))  # its own default: that of the current device
+        self.event.wait(self.reader)
 
 
 class _CudaStream:
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
 
-    def run(self, work: Callable[[], None], buffer: Tensor) -> Event:
-        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
-        buffer.record_stream(self.stream)  # freed, it is not given to others before the work is done
+    def run(self, work: Callable[[], None]) -> Event:
+        reader = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(reader)
         with torch.cuda.stream(self.stream):
             work()
-            return _CudaEvent(self.stream)
+            return _CudaEvent(self.stream, reader)
 
 
 def _second_stream(device: torch.device) -> SecondStream | None:
@@ -124,7 +124,9 @@ class _Group:
 
 @dataclass
 class _Ring:
-    """The buffer of one device, stream and dtype, and the groups in it, oldest first."""
+    """The buffer of one device, stream and dtype, and the groups in it, oldest first. `forget` and `join` come before
+    its memory is given back: the allocator does not know of the second stream. (`record_stream` would tell it, but
+    then the memory is nobody's until no pool and no capture is in use, and each pass of a step would take its own.)"""
 
     buffer: Tensor
     second: SecondStream | None = None
@@ -142,6 +144,7 @@ class _Ring:
         size = max(size, _settings.scratch_bytes // self.buffer.itemsize)
         if size > self.buffer.numel():
             self.forget()
+            self.join()
             self.buffer = self.buffer.new_empty(0)  # the old one goes first
             self.buffer = _empty(size, self.buffer.dtype, self.buffer.device)
 
@@ -202,7 +205,7 @@ class _Ring:
         if ahead is None:
             return
         matrix = ahead.matrix
-        ahead.ready = second.run(lambda: _unpack(following, matrix), self.buffer)
+        ahead.ready = second.run(lambda: _unpack(following, matrix))
         self.groups[key] = ahead
         counters.dequantisations += 1
         counters.prefetched += 1
@@ -277,8 +280,7 @@ def forget(*, memory: bool = False) -> None:
 
 def release() -> None:
     """Gives back all memory, that of the kept copies too."""
-    forget()
-    _rings.clear()
+    forget(memory=True)
     _kept.clear()
     _followers.clear()
 

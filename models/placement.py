@@ -20,7 +20,7 @@ from models.quantized import Packed, Spec, from_parts, part_specs, parts
 from models.weights.errors import WeightsError
 from models.weights.host_memory import trim_heap
 
-TRIMMED_BYTES = 1 << 20  # tensors from this size on are followed by a look at the heap, which takes a millisecond
+TRIMMED_BYTES = 1 << 20  # tensors from this size on are followed by a look at the heap: 0.2 ms beside 1 GB of weights
 Bits = Callable[[str], int]  # of a linear's weight by its name in the module: 4, 8 or 16
 
 

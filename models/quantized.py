@@ -44,7 +44,18 @@ def part_specs(shape: tuple[int, int], bits: int) -> dict[str, Spec]:
 
 
 def from_parts(tensors: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Packed:
-    """The weight [N, K] whose `parts` these are; `dtype` is what it was quantized from."""
+    """The weight [N, K] whose `parts` these are; `dtype` is what it was quantized from.
+
+    Raises:
+        ValueError: a part is missing, or is not of the dtype and shape that [N, K] asks for: kernels do not look.
+    """
+    expected = part_specs(shape, 8 if "scale" in tensors else 4)
+    found = {part: (tensor.dtype, tuple(tensor.shape)) for part, tensor in tensors.items()}
+    for part in sorted(found.keys() | expected.keys()):
+        if found.get(part) != expected.get(part):
+            raise ValueError(
+                f"{part} of a packed weight {list(shape)} is {found.get(part)}; expected {expected.get(part)}"
+            )
     if "scale" in tensors:
         return Int8Tensor(codes=tensors["codes"], scale=tensors["scale"], dtype=dtype)
     return NF4Tensor(

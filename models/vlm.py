@@ -195,7 +195,14 @@ class VisionLanguageModel(nn.Module):
         x, delta = (None if part is None else part.index_select(0, pack.supervised) for part in parts)  # [L, D]
         assert x is not None
         _, rows = self.language.norm.add(x, delta)
-        return linear_cross_entropy(rows, self.language.head.frozen_weight(), pack.labels, pack.weights)
+        loss = linear_cross_entropy(rows, self.language.head.frozen_weight(), pack.labels, pack.weights)
+        return loss if loss.requires_grad or not torch.is_grad_enabled() else loss + self._nothing()
+
+    def _nothing(self) -> Tensor:
+        """0, as a function of something that learns: a pack without images has a backward pass too where the language
+        model is frozen."""
+        learns = (p for p in (*self.projector.parameters(), *self.parameters()) if p.requires_grad)
+        return next(learns, self.modality_embedding.weight).flatten()[:0].sum()
 
     def _rope_table(self, longest: int, device: torch.device) -> tuple[Tensor, Tensor]:
         positions = max(2048, 1 << longest.bit_length())  # more than `longest`
@@ -204,7 +211,7 @@ class VisionLanguageModel(nn.Module):
         return self._ropes[device, positions]
 
     @staticmethod
-    def _segment_of(segments: Segments) -> Tensor:  # int64 [T]: which segment each token is in
+    def _segment_of(segments: Segments) -> Tensor:  # int32 [T]: which segment each token is in
         return torch.repeat_interleave(segments.cu_seqlens.diff(), output_size=segments.position_ids.numel())
 
 

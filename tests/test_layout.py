@@ -28,6 +28,12 @@ ALLOWED = {
 # The part of the engine that must run where nothing but torch is installed (benchmarks run it there).
 LEAN = ("engine/step.py", "engine/optim.py", "engine/schedule.py", "engine/scaler.py", "engine/data/packing.py")
 
+# What a machine that only measures need not have.
+NOT_EVERYWHERE = (
+    "PIL", "rich", "yaml", "omegaconf", "tyro", "safetensors", "sentencepiece", "tokenizers", "bitsandbytes",
+    "transformers", "peft", "tensorboard", "matplotlib",
+)  # fmt: skip
+
 FORBIDDEN = {
     r"\bpickle\b": "checkpoints are safetensors and JSON",
     r"weights_only\s*=\s*False": "a file must not run code",
@@ -123,6 +129,31 @@ print(*sorted({{module.partition(".")[0] for module in set(sys.modules) - before
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     brought = {module for module in done.stdout.split() if module not in sys.stdlib_module_names}
     assert brought - {"torch", "triton", "numpy", *LAYERS} == set()
+
+
+def test_benchmarks_run_where_only_torch_triton_and_numpy_are_installed() -> None:
+    """Every module of theirs is imported, and a whole step is run, counted and predicted, in an interpreter that has
+    nothing else of what the project installs."""
+    modules = [name(path).removesuffix(".py").replace("/", ".") for path in sources("benchmarks")]
+    script = f"""
+import importlib, sys
+for gone in {NOT_EVERYWHERE}:
+    sys.modules[gone] = None
+for module in {modules}:
+    importlib.import_module(module)
+import torch
+from benchmarks import end_to_end, plan_check
+from benchmarks.problem import Case
+from engine.plan.cards import CARDS
+from models.vlm import VLMConfig
+from tests.benchmarks.made_up import ORIGIN
+shape = {{"model": "toy", "T": 128, "samples": 1, "policy": "auto", "cap": 0}}
+(row,) = end_to_end.rows(Case("end_to_end", shape, modes=("step",)), torch.device("cpu"), ORIGIN, True)
+found = plan_check.prediction(row)
+print(row.failure, row.ms > 0, found.bytes > 0, found.tokens_per_s > 0)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["None", "True", "True", "True"], done.stderr
 
 
 def _distribution(module: str) -> str | None:

@@ -19,7 +19,7 @@ from engine.data.rows import parse_row
 from engine.errors import DataError, NibbleError
 from engine.flags import parse_chat, parse_eval, parse_train
 from engine.memory_size import gib
-from engine.plan.make import plan_without_weights
+from engine.plan.make import Plan, plan_without_weights
 from kernels import compile as compiler
 from scripts import verify_real
 
@@ -146,11 +146,33 @@ def test_exit_codes_are_the_promised_ones() -> None:
     assert table == {0, *(kind.exit_code for kind in NibbleError.__subclasses__())}
 
 
+def plan_of(recipe: str, *flags: str) -> Plan:
+    """Without weights."""
+    size = "13B" if "13b" in recipe else "7B"
+    config, _ = parse_train(["--recipe", f"recipes/{recipe}.yaml", "--model.language", f"{os.devnull}/{size}", *flags])
+    return plan_without_weights(config, 1)
+
+
 def test_figures_of_the_plan_are_the_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    config, _ = parse_train(["--recipe", "recipes/lavin-7b-lite.yaml", "--model.language", os.devnull + "/7B"])
-    plan = plan_without_weights(config, 1)
+    plan = plan_of("lavin-7b-lite")
     assert f"{gib(plan.memory_bytes['total'])} predicted" in README
     assert f"{plan.trainable_parameters:,}, the same" in README
-    steps = 12_726 // plan.samples_per_step * config.optim.epochs
-    assert f"{steps:,} steps" in README
+    assert f"{12_726 // plan.samples_per_step * 20:,} steps" in README
+
+
+def test_the_table_of_memory_and_speed_is_the_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every figure in it is predicted, and said to be, as long as benchmarks/results has no row for it."""
+    monkeypatch.chdir(ROOT)
+    recipes = ("lavin-7b-lite", "lavin-13b-lite")
+    least_flags = ("--gradient_checkpointing", "--runtime.tokens_per_batch", "512")
+    plans, least = [plan_of(recipe) for recipe in recipes], [plan_of(recipe, *least_flags) for recipe in recipes]
+    rows = [
+        ("memory, nothing recomputed", *(gib(plan.memory_bytes["total"]) for plan in plans)),
+        (f"memory, `{' '.join(least_flags)}`", *(gib(plan.memory_bytes["total"]) for plan in least)),
+    ]
+    for both in zip(*(plan.cards for plan in plans), strict=True):
+        cells = (f"{card.samples_per_second:.1f} samples/s, {card.hours:.1f} h" for card in both)
+        rows.append((both[0].card, *cells))
+    for row in rows:
+        assert "| " + " | ".join((f"{row[0]}, predicted", *row[1:])) + " |" in README, "\n".join(map(str, rows))

@@ -108,44 +108,48 @@ class StepLoader:
         Raises:
             DataError: a row or its image cannot be read.
         """
-        indices = self.order.indices(step)
         samples: list[Sample] = []
+        mine: list[list[int]] = []
         try:
+            indices = self.order.indices(step)
             samples += [self.dataset.sample(index) for index in indices]
+            plan = plan_packs(
+                [len(sample.input_ids) for sample in samples], self.tokens_per_batch, self.ranks,
+                tiles=[int(sample.image is not None) for sample in samples],
+            )  # fmt: skip
+            mine += plan[self.rank :: self.ranks]
         finally:  # a step that cannot be read takes its turn, too: others wait for it
-            placed = self._place(step, samples)
+            placed = self._place(step, [samples[i] for members in mine for i in members])
         self.truncated.update(i for i, sample in zip(indices, samples, strict=True) if sample.truncated)
         self.without_target.update(i for i, sample in zip(indices, samples, strict=True) if not sample.supervised)
-        plan = plan_packs(
-            [len(sample.input_ids) for sample in samples], self.tokens_per_batch, self.ranks,
-            tiles=[int(sample.image is not None) for sample in samples],
-        )  # fmt: skip
-        mine = plan[self.rank :: self.ranks]
         weights = token_weights(samples, self.reduction, self.micro_batch)
         packs = []
         for number, members in enumerate(mine):
             routed_by, outside = None, list[int]()
             if self.legacy_clip_router:
                 routed_by, outside = first_of_micro_batch(members, self.micro_batch)
+            places = None if placed is None else [next(placed) for _ in members]
+            wanted = [True for _ in members] if places is None else [new for _, new in places]
             pack = collate(
                 [samples[i] for i in members],
                 [weights[i] for i in members],
-                [self._tile(samples[i], indices[i]) if placed is None or placed[i][1] else None for i in members],
+                [self._tile(samples[i], indices[i]) if new else None for i, new in zip(members, wanted, strict=True)],
                 routed_by=routed_by,
                 outside=[self._tile(samples[i], indices[i]) for i in outside],
                 dummy_size=self.reader.size if self.ranks > 1 and number == len(mine) - 1 else 0,
-                table_rows=None if placed is None else self._rows([placed[i][0] for i in members]),
+                table_rows=None if places is None else self._rows([row for row, _ in places]),
             )
             pack = pad(pack) if self.few_shapes else pack
             packs.append(pack.pin_memory() if self.pinned else pack)
         return packs
 
-    def _place(self, step: int, samples: Sequence[Sample]) -> list[tuple[int | None, bool]] | None:
-        """Row and need of a tile of each sample's image; (0, False) where it has none."""
+    def _place(self, step: int, samples: Sequence[Sample]) -> Iterator[tuple[int | None, bool]] | None:
+        """Row and need of a tile of each sample's image; (0, False) where it has none. The samples are those that this
+        rank's tower will see, in that order: an image is new where it comes first, on each rank."""
         if self.places is None:
             return None
         with self._turns.of(step) if self._turns is not None else nullcontext():
-            return [(0, False) if s.image is None else self.places.place(s.image) for s in samples]
+            return iter([(0, False) if s.image is None else self.places.place(s.image) for s in samples])
 
     def _rows(self, placed: Sequence[int | None]) -> list[int]:
         """The rows of a pack, with spare ones for the images that have none."""
@@ -162,9 +166,12 @@ class StepLoader:
         if self.places is not None:
             self.places.clear()
         self._turns = _Turns(first)
-        if self.num_workers == 0:
-            yield from map(self.packs, range(first, end))
-            return
+        try:
+            yield from self._ahead(first, end) if self.num_workers else map(self.packs, range(first, end))
+        finally:
+            self._turns = None
+
+    def _ahead(self, first: int, end: int) -> Iterator[list[Pack]]:
         pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="nibble-data")
         ahead: deque[Future[list[Pack]]] = deque()
         try:

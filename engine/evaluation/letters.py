@@ -69,7 +69,8 @@ def predict(
                 for i, s in zip(part, samples, strict=True)
             ]
         found = [0] * len(part)
-        for members in plan_packs([len(s.input_ids) for s in samples], tokens_per_batch):
+        shown = [int(s.image is not None) for s in samples]
+        for members in plan_packs([len(s.input_ids) for s in samples], tokens_per_batch, tiles=shown):
             logits = _letter_logits(model, [samples[m] for m in members], load, letter_ids, device)
             for row, member in enumerate(members):
                 num_choices = len(dataset.problems[part[member]]["choices"])

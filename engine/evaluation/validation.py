@@ -28,7 +28,8 @@ def validation_loss(
     for start in range(ranks.rank * WINDOW, len(dataset), ranks.world * WINDOW):
         indices = range(start, min(start + WINDOW, len(dataset)))
         samples = [dataset.sample(i) for i in indices]
-        for members in plan_packs([len(s.input_ids) for s in samples], tokens_per_batch):
+        shown = [int(s.image is not None) for s in samples]
+        for members in plan_packs([len(s.input_ids) for s in samples], tokens_per_batch, tiles=shown):
             chosen = [samples[m] for m in members]
             tiles = [
                 None if s.image is None else reader.tile(s.image, dataset.where(indices[m]))

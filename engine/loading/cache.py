@@ -5,7 +5,8 @@
 
 KEY is a hash of everything that the stored bits depend on: the source files (name, size, time, hash of their ends),
 the bits of layers, head and tower, the compute dtype, how a delta was added, and FORMAT. Only which of torch's
-summation orders the quantizer met (see kernels/nf4.py) is not in it: the cache keeps the bits of who wrote it.
+summation orders the quantizer met (see kernels/nf4.py) is not in it: the cache keeps the bits of who wrote it. What is
+changed in the middle of a file, with its time put back, is not noticed either (rsync would not): delete KEY then.
 
 A folder is whole or absent: written beside its place while the model loads, one tensor at a time, fsynced, renamed. One
 process writes at a time, under a lock; the others go on without. Every tensor's crc32 is compared when it is read.
@@ -27,8 +28,9 @@ from torch import Tensor
 
 from engine.config import Config
 from engine.demo.cache import quantized_weights
-from engine.files import discard
+from engine.files import discard, is_dir
 from models.quantized import Packed, from_parts
+from models.weights.archive import DTYPES as WEIGHT_DTYPES
 from models.weights.archive import Archive, open_archive
 from models.weights.identity import identity
 
@@ -38,8 +40,15 @@ FORMAT = 1  # of this file and of what the quantizers make: another number makes
 WEIGHTS, MANIFEST = "weights.safetensors", "manifest.json"
 
 
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in WEIGHT_DTYPES}  # by the manifest's names
+
+
 class CacheDamaged(Exception):
     """A cache is not what was written. The model that was being filled from it is of no use."""
+
+
+class CacheUnreadable(Exception):
+    """A cache is there, perhaps whole, and this process cannot read it: somebody else's, or a disk that fails."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +62,10 @@ class WeightCache:
         """What is there; None where nothing is.
 
         Raises:
-            CacheDamaged: a file is missing, of another size, or not readable.
+            CacheDamaged: a file is missing, of another size, or not what was written.
+            CacheUnreadable: the system refuses to read one.
         """
-        if not self.folder.is_dir():
+        if not is_dir(self.folder):
             return None
         try:
             manifest = json.loads((self.folder / MANIFEST).read_bytes())
@@ -64,9 +74,13 @@ class WeightCache:
             size, header = (self.folder / WEIGHTS).stat().st_size, _header_crc(self.folder / WEIGHTS)
             if (manifest["bytes"], manifest["header"]) != (size, header):
                 raise CacheDamaged(f"{WEIGHTS} has {size:,} bytes of {manifest['bytes']:,}, or another header")
-            return CachedWeights(open_archive(self.folder / WEIGHTS), manifest["weights"])
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            cached = CachedWeights(open_archive(self.folder / WEIGHTS), manifest["weights"])
+            cached.sizes()  # every tensor that the manifest names is there
+            return cached
+        except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
             raise CacheDamaged(f"{type(error).__name__}: {error}") from error
+        except OSError as error:
+            raise CacheUnreadable(f"{error.filename or WEIGHTS}: {error.strerror}") from error
 
     def drop(self, reason: str) -> None:
         """Takes a damaged cache away and says so."""
@@ -74,7 +88,7 @@ class WeightCache:
             "the cache of quantized weights in %s is damaged (%s): the weights are read and quantized again",
             self.folder, reason,
         )  # fmt: skip
-        if self.folder.is_dir():
+        if is_dir(self.folder):
             discard(self.folder)
 
 
@@ -130,7 +144,7 @@ class CachedWeights:
             if "" in tensors:
                 return tensors[""]
             rows, columns = entry["shape"]
-            return from_parts(tensors, (rows, columns), getattr(torch, entry["dtype"]))
+            return from_parts(tensors, (rows, columns), DTYPES[entry["dtype"]])
         except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
             raise CacheDamaged(f"{name}: {error}") from error
 

@@ -46,7 +46,7 @@ def start_writing(cache: WeightCache, model: Parts, bits: Mapping[str, Bits], dt
         folder.mkdir(parents=True, exist_ok=True)
         lock = _lock(folder)
         if lock is None or cache.folder.is_dir():  # somebody else writes, or has written just now
-            logger.info("quantized weights are not kept: another process does, in %s", folder)
+            logger.info("quantized weights are not kept: another process keeps or has kept them in %s", folder)
         else:
             sweep(folder)  # what a killed writer left
             if _has_room(folder, file_size(planned)):
@@ -68,7 +68,11 @@ class CacheWriter:
         self._weights: dict[str, dict[str, Any]] = {}
         self._temporary = beside(cache.folder, TEMPORARY)
         self._temporary.mkdir()
-        self._file: TensorWriter | None = TensorWriter(self._temporary / WEIGHTS, planned)
+        try:
+            self._file: TensorWriter | None = TensorWriter(self._temporary / WEIGHTS, planned)
+        except OSError:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            raise
 
     def add(self, part: str, name: str) -> None:
         """Writes the tensor that has just been placed."""

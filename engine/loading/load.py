@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from engine.loading.cache import CacheDamaged, CachedWeights, WeightCache
+from engine.loading.cache import CacheDamaged, CachedWeights, CacheUnreadable, WeightCache
 from engine.loading.cache_writer import start_writing
 from engine.loading.progress import LoadProgress
 from models.placement import Bits, fill
@@ -34,7 +34,8 @@ class Loading:
     is_main: bool  # shows how it goes, says what is wrong with the cache, and writes it
 
     def from_cache(self, model: VisionLanguageModel) -> VisionLanguageModel | None:
-        """The model as it was stored; None where no cache is there or where it is damaged, which then is gone."""
+        """The model as it was stored; None where no cache is there, where it cannot be read, or where it is damaged,
+        which then is gone."""
         assert self.cache is not None
         try:
             found = self.cache.open()
@@ -44,6 +45,10 @@ class Loading:
         except (CacheDamaged, WeightsError) as error:
             if self.is_main:
                 self.cache.drop(str(error))
+            return None
+        except CacheUnreadable as error:
+            if self.is_main:
+                logger.warning("the cache of quantized weights is not used, for it cannot be read: %s", error)
             return None
 
     def from_sources(

@@ -3,16 +3,19 @@
 A cut-down model (engine/plan/meta_model.py) runs forward and backward on meta tensors under each policy, by the code
 that trains (kernels/counting.py). Where layers begin is marked, and the whole is composed from a layer among its like:
 
-    alive before layer l     inputs + buffers + the sum of `saved` of the layers before it
-    saved                    by how much a layer's forward makes that grow
-    peak                     the most that is alive in its forward or its backward, above what was alive before it, that
-                             is with what it is handed, the gradients that come back to it, and the little that is alive
-                             all the while (projector, image tokens)
-    after                    the most that is alive in the head and the loss, above what all layers keep
+    saved      by how much a layer's forward makes grow what is alive when a layer starts
+    handed     the rest of what is alive then: both parts of the stream, as far as no layer keeps them, and the little
+               that is alive all the while (projector, image tokens)
+    forward    the most that is alive in a layer's forward, above what is alive when it starts
+    inner      the most that is alive in its backward, above what the layers before it keep, that is with the gradients
+               that come back to it
+    peak       the same of the last layer, which is the dearest, since the loss hands it gradients of both parts of the
+               stream; and of what comes between this stage and the next
+    after      the most that is alive in the head and the loss, above what all layers keep
 
-The last layer is the dearest, since the loss hands it gradients of both parts of the stream; its peak is taken for all.
-So the peak of a step is exact where all layers of a stage keep the same. Where they do not, it is at most two [T, D]
-too large.
+The peak of a step is exact, whatever each layer keeps (activation_policy.py adds it up), but for two things that are
+small: of the tower's blocks, which differ by a stream or two where a tap lies between, the dearest stands for all; and
+with drop path the 4 bytes a token that say which segment it is in outlive the forward pass if any layer recomputes.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -67,20 +71,16 @@ class Costs:
 
     def peak(self, policy: ActivationPolicy) -> int:
         """The most that is alive in a pass, above `inputs` and `buffers`."""
-        highest = saved = 0
-        for layers, policies in ((self.vision, policy.vision), (self.language, policy.language)):
-            for chosen in policies:
-                choice = layers.choices[chosen]
-                highest = max(highest, saved + choice.peak)
-                saved += choice.saved
-        return max(highest, saved + self.after)
+        vision, language = self.saved(policy)
+        in_tower = self.vision.peak(policy.vision)
+        return max(in_tower, vision + self.language.peak(policy.language), vision + language + self.after)
 
     def saved(self, policy: ActivationPolicy) -> tuple[int, int]:
         """What tower and language model keep for their backward pass."""
-        vision = sum(self.vision.choices[chosen].saved for chosen in policy.vision)
-        return vision, sum(self.language.choices[chosen].saved for chosen in policy.language)
+        return self.vision.saved(policy.vision), self.language.saved(policy.language)
 
 
+@cache
 def costs(
     config: VLMConfig, bits: Bits, shape: PackShape, dtype: torch.dtype, card: Card, *, scratch: int = 0
 ) -> Costs:
@@ -108,8 +108,9 @@ def costs(
         for work, narrow in zip(works, (True, False), strict=True)
     ]
 
-    def layers(count: int, found: Mapping[Policy, tuple[int, int]], times: Mapping[Policy, float]) -> Layers:
-        return Layers(count, {p: Choice(*found[p], max(0.0, times[p] - times["save_all"])) for p in POLICIES})
+    def layers(count: int, found: Mapping[Policy, _Memory], times: Mapping[Policy, float]) -> Layers:
+        choices = {p: found[p].choice(max(0.0, times[p] - times["save_all"])) for p in POLICIES}
+        return Layers(count, choices, found["save_all"].start)
 
     return Costs(
         vision=layers(config.vision.num_layers, vision, extra[0]),
@@ -126,6 +127,21 @@ def _work(runs: Mapping[Policy, _Run], stage: str, index: int) -> Work:
         tuple(runs["save_all"].ops("forward", stage, index)),
         {policy: tuple(run.ops("backward", stage, index)) for policy, run in runs.items()},
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """Of a layer, under one policy: as in Choice; `start`: what is alive when the first layer starts."""
+
+    saved: int
+    peak: int
+    inner: int
+    handed: int
+    forward: int
+    start: int
+
+    def choice(self, seconds: float) -> Choice:
+        return Choice(self.saved, self.peak, seconds, self.inner, self.handed, self.forward)
 
 
 @dataclass
@@ -201,32 +217,39 @@ class _Run:
     def _before(self, stage: str, index: int) -> int:
         return next(s.before for s in self.segments if (s.what, s.stage, s.index) == ("forward", stage, index))
 
-    def _most(self, stage: str, saved: int, below: int) -> int:
-        """The highest peak of a layer that is not the first, above `below` and what the layers before it keep."""
-        layers = [s for s in self.segments if s.stage == stage and s.index > 0]
-        return max(s.peak - below - s.index * saved for s in layers)
+    def _layers(self, stage: str, last: int, saved: int, below: int, behind: int) -> _Memory:
+        """Of layers that are not the first of their stage, `last` being the index of the last one; above `below`, which
+        was alive before the stage. behind: the most behind the stage, above what it keeps."""
 
-    def vision(self) -> tuple[int, int]:
-        """Saved and peak of a block of the tower."""
+        def most(what: Pass, *indices: int) -> int:
+            found = [s for s in self.segments if s.stage == stage and s.what == what and s.index in indices]
+            alive = [s.before if what == "forward" else below + s.index * saved for s in found]
+            return max((s.peak - least for s, least in zip(found, alive, strict=True)), default=0)
+
+        before = [self._before(stage, index) - below - index * saved for index in range(last + 1)]
+        return _Memory(
+            saved=saved, peak=max(most("backward", last), saved + behind), inner=most("backward", *range(1, last)),
+            handed=max(before[1:]), forward=most("forward", *range(1, last + 1)), start=before[0],
+        )  # fmt: skip
+
+    def vision(self) -> _Memory:
+        """Of a block of the tower."""
+        ends = max(s.peak for s in self.segments if s.what in ("between", "behind"))
         if not self.shape.tiles:
-            return 0, 0
-        saved = self._before("vision", 2) - self._before("vision", 1)
+            return _Memory(0, ends, ends, 0, 0, 0)
+        first, *_, fifth, _ = self.model.vision.config.taps
+        saved = (self._before("vision", fifth) - self._before("vision", first)) // (fifth - first)
         if not any(s.what == "backward" and s.stage == "vision" for s in self.segments):
             saved = 0  # frozen: what grows is the six streams that image tokens are cut out of, however many blocks
-        ends = [s.peak for s in self.segments if s.what in ("between", "behind")]
-        return saved, max(self._most("vision", saved, 0), max(ends) - (self.num_vision - 1) * saved)
+        return self._layers("vision", self.num_vision - 1, saved, 0, ends - self.num_vision * saved)
 
-    def language(self) -> tuple[int, int]:
-        """Saved and peak of a layer of the language model."""
-        saved = self._before("language", 2) - self._before("language", 1)
-        below = self.num_vision * self.vision()[0]
-        peak = max(self._most("language", saved, below), self.after() + saved)
-        if not self.shape.tiles:
-            peak = max(peak, *(s.peak for s in self.segments if s.what in ("between", "behind")))
-        return saved, peak
+    def language(self) -> _Memory:
+        """Of a layer of the language model."""
+        saved, last = self._before("language", 2) - self._before("language", 1), self.num_language - 1
+        return self._layers("language", last, saved, self.num_vision * self.vision().saved, self.after())
 
     def after(self) -> int:
         """The most that is alive in the head and the loss, above what all layers keep."""
-        kept = self.num_vision * self.vision()[0]
+        kept = self.num_vision * self.vision().saved
         kept += self.num_language * (self._before("language", 2) - self._before("language", 1))
         return max(s.peak for s in self.segments if s.what == "after") - kept

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from engine.build import BITS
-from engine.config import Config
+from engine.config import BITS, Config
+from engine.optim import ALIGN
 from engine.plan.meta_model import Bits
 from models.vlm import VisionLanguageModel
 
@@ -61,10 +61,12 @@ def _storage(bits: Bits, name: str, parameter: nn.Parameter) -> tuple[str, int]:
     return "language layers", bits.layers if in_layer else 16
 
 
-def trained_bytes(trainable: int, num_ranks: int) -> dict[str, int]:
-    """Bytes of what trains, in fp32: weights, gradients (and DDP's buckets, a copy of them), both moments."""
+def training_bytes(model: VisionLanguageModel, num_ranks: int) -> dict[str, int]:
+    """Bytes of what trains, in fp32: weights, gradients (and DDP's buckets, a copy of them), both moments, as the
+    optimiser lays them out (engine/optim.py)."""
+    elements = sum(-(-p.numel() // ALIGN) * ALIGN for p in model.trainable().values())
     return {
-        "adapters and other trained weights": 4 * trainable,
-        "gradients": 4 * trainable * min(num_ranks, 2),
-        "optimizer": 8 * trainable,
+        "adapters and other trained weights": 4 * elements,
+        "gradients": 4 * elements * min(num_ranks, 2),
+        "optimizer": 8 * elements + 4,  # and the number of steps
     }

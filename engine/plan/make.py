@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 
-from engine.build import base_paths, vlm_config
+from engine.build import base_paths, bits_of, vlm_config
 from engine.config import Config
 from engine.errors import UsageError
-from engine.plan.cards import CARDS
+from engine.plan.cards import CARDS, Card
 from engine.plan.memory_budget import largest_pack
+from engine.plan.remedies import remedies
 from engine.plan.text import plan_text as plan_text
 from engine.plan.verdict import Memory, Planner, Verdict
 from engine.plan.workload import samples_of
+from engine.tensor_file import file_size
 from models.language.llama import LLAMA_7B, LLAMA_13B
+from models.placement import specs
 from models.vision.clip import ClipConfig
 from models.vlm import VLMConfig
 from models.weights.clip import open_vision
@@ -38,13 +43,14 @@ class Plan:
     bits: str
     parameters: dict[str, int]  # by part
     trainable_parameters: int
-    policy: str  # of `memory_bytes`: which layers keep what where there is memory for all
+    policy: str  # of `memory_bytes`: which layers keep what, on this GPU or where there is memory for all
     memory_bytes: Memory  # by part, with the sum as "total"
     samples_per_step: int
     tokens_per_pack: int
     peak_lr: float
     checkpoint_bytes: int
     disk_bytes: dict[str, int]
+    here: Verdict | None  # of the GPU of this run; None where there is none, or where nothing is to be run
     cards: list[Verdict]  # none for a run on the CPU
     fits: dict[str, bool]  # by card
 
@@ -54,43 +60,65 @@ class Plan:
 
 def make_plan(
     config: Config, model_config: VLMConfig, name: str, *, num_ranks: int, dense_bytes: int = 2, on_cuda: bool = True,
-    samples: int | None = None, weight_bytes: int | None = None,
+    samples: int | None = None, weight_bytes: int | None = None, card: Card | None = None,
 ) -> Plan:  # fmt: skip
     """Counts a run.
 
     Args:
         dense_bytes: the width of activations and 16-bit weights: 2 on a GPU, 4 on a CPU.
         samples: of an epoch, where they are known; weight_bytes: of the weight files, where they are here.
+        card: the GPU that will run it.
     """
     dtype = torch.float32 if dense_bytes == 4 else torch.bfloat16
     planner = Planner(model_config, num_ranks=num_ranks, dtype=dtype, on_cuda=on_cuda)
     samples = samples_of(config) if samples is None else samples
     whole_run = None if samples is None else samples * config.optim.epochs
-    cards = [planner.verdict(config, card, whole_run) for card in CARDS] if on_cuda else []
-    plain = copy.deepcopy(config)
-    if config.runtime.unpacked_memory == "auto":  # copies take what a card has left, and are no need of the run
-        plain.runtime.unpacked_memory = "0"
-    roomy = planner.on(plain, CARDS[-1])
+    verdicts = [planner.verdict(config, each, whole_run, remedies) for each in CARDS] if on_cuda else []
+    here = None if card is None else planner.verdict(config, card, whole_run, remedies)
+    policy, memory = (here.policy, here.memory_bytes) if here is not None else _roomy(planner, config)
     return Plan(
         model=name, bits=config.bits, parameters=planner.parameters, trainable_parameters=planner.trainable,
-        policy=roomy.policy.describe(), memory_bytes=roomy.memory,
+        policy=policy, memory_bytes=memory,
         samples_per_step=config.optim.samples_per_step(num_ranks), tokens_per_pack=largest_pack(config).tokens,
         peak_lr=config.optim.peak_lr(num_ranks), checkpoint_bytes=BYTES_A_TRAINED * planner.trainable,
-        disk_bytes=_disk(config, planner, weight_bytes), cards=cards,
-        fits={verdict.card: verdict.fits for verdict in cards},
+        disk_bytes=_disk(config, planner, weight_bytes), here=here, cards=verdicts,
+        fits={verdict.card: verdict.fits for verdict in verdicts},
     )  # fmt: skip
 
 
+def _roomy(planner: Planner, config: Config) -> tuple[str, Memory]:
+    """Policy and memory of a run on the largest card."""
+    plain = copy.deepcopy(config)
+    if config.runtime.unpacked_memory == "auto":  # copies take what a card has left, and are no need of the run
+        plain.runtime.unpacked_memory = "0"
+    found = planner.on(plain, CARDS[-1])
+    return found.policy.describe(), found.memory
+
+
 def _disk(config: Config, planner: Planner, weight_bytes: int | None) -> dict[str, int]:
-    """Bytes that a run finds or writes. The cache of quantised weights holds what is quantised."""
+    """Bytes that a run finds or writes."""
     disk = {} if weight_bytes is None else {"weights": weight_bytes}
-    if config.bits != "16bit" and config.model.cache_weights:
-        fixed = planner.fixed(config)
-        disk["cache of quantised weights"] = sum(
-            fixed[part] for part in ("language layers", "embedding", "head", "vision tower")
-        )
+    if config.bits != "16bit" and config.model.cache_weights and config.model.language:  # as engine/loading/cache.py
+        disk["cache of quantised weights"] = _cache_bytes(config, planner)
     disk["checkpoints"] = (config.log.keep + 1) * BYTES_A_TRAINED * planner.trainable  # one more while it is written
     return disk
+
+
+def _cache_bytes(config: Config, planner: Planner) -> int:
+    """Of the file that engine/loading/cache_writer.py writes."""
+    parts = {"language": planner.model.language, "vision": planner.model.vision}
+    return file_size(
+        {
+            f"{part}.{name}": spec
+            for part, module in parts.items()
+            for name, spec in specs(module, bits=bits_of(config)[part], dtype=planner.dtype).items()
+        }
+    )
+
+
+def bytes_of(files: Iterable[Path]) -> int:
+    """Of all files."""
+    return sum(file.stat().st_size for file in files)
 
 
 def plan_without_weights(config: Config, num_ranks: int) -> Plan:
@@ -105,7 +133,7 @@ def plan_without_weights(config: Config, num_ranks: int) -> Plan:
     if folder.is_dir():
         source = open_language(folder)
         language, name = source.config, str(folder)
-        weight_bytes = sum(file.stat().st_size for file in source.files)
+        weight_bytes = bytes_of(source.files)
     elif folder.name in PUBLISHED:
         language, name = PUBLISHED[folder.name], f"{folder.name} (published shape; no weights at {folder})"
     else:
@@ -113,7 +141,10 @@ def plan_without_weights(config: Config, num_ranks: int) -> Plan:
             f"no weights at {folder}, and {folder.name!r} is no published size", where="--model.language",
             do=f"name a folder with weights, or one called {', '.join(PUBLISHED)}",
         )  # fmt: skip
-    vision = open_vision(path).config if path is not None and path.exists() else ClipConfig()
+    vision = ClipConfig()
+    if path is not None and path.exists():
+        tower = open_vision(path)
+        vision, weight_bytes = tower.config, None if weight_bytes is None else weight_bytes + bytes_of(tower.files)
     full = "full" in (config.train.language, config.train.vision)
     on_cuda = config.runtime.device != "cpu"
     in_32_bits = config.runtime.precision == "fp32" or (config.runtime.precision == "auto" and (full or not on_cuda))

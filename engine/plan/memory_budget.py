@@ -8,39 +8,37 @@ weights (--runtime.unpacked_memory auto): a byte of them saves less time than a 
     on a GPU    free: what the driver says, and at most --memory_budget with the CUDA context in it
     on a CPU    no limit, and nothing is counted; with --memory_budget that less what is there, in 32 bits
 
-The choice is made on the main rank, printed with its reason, and recorded in checkpoints: a resumed run takes it up,
-unless its command asks for something else. It changes no bit of a run's results.
+The choice changes no bit of a run's results. A plan makes it for cards that are not here (verdict.py), a run for its
+own (engine/settle.py), a benchmark as a run would (benchmarks/engine_setting.py): all by these functions. Only torch
+and numpy are needed.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
-from engine.build import BITS
-from engine.config import Config
-from engine.data.planning import most_tiles, round_up
+from engine.config import Config, longest_sample
+from engine.data.planning import MODALITY_ROWS, MULTIPLE, most_tiles, round_up
 from engine.memory_size import gib, parse_size
-from engine.plan.accounting import costs
-from engine.plan.activation_policy import solve
+from engine.plan.accounting import Costs, costs
+from engine.plan.activation_policy import Layers, solve
 from engine.plan.cards import CARDS, Card, card_named
-from engine.plan.meta_model import Bits, PackShape
-from engine.plan.unpacked_memory import least_scratch
-from engine.setup import Setup
-from engine.trainer import Trainer
-from models.recompute import ActivationPolicy
+from engine.plan.fixed_memory import bits_of
+from engine.plan.meta_model import PackShape
+from engine.plan.roofline import seconds
+from engine.plan.unpacked_memory import asked_for, least_scratch
+from engine.plan.workload import pairs_per_token
+from kernels.counting import Op
+from models.recompute import POLICIES, ActivationPolicy, Policy
 from models.vlm import VisionLanguageModel
 
-logger = logging.getLogger("nibble")
-
-RECORDED = ("activation_policy", "spare_memory", "memory_asked")  # in the state of checkpoints
 RESERVE = 0.05  # of what is free: what the allocator loses between blocks, workspaces of libraries
 CONTEXT_BYTES = 512 * 2**20  # CUDA context and the code of kernels, outside of the allocator
 HOST = Card("CPU", memory=0, capability=0, rate=1e11, bandwidth=1e10)  # to compare recomputations: any one
+COUNTED_ON = CARDS[-1]  # bytes and operations are the same on every card, so one count serves all; times are not
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,35 +48,20 @@ class MemoryChoice:
     policy: ActivationPolicy
     spare: int  # bytes that nothing needs: for --runtime.unpacked_memory auto
     why: str
-
-
-def settle_memory(setup: Setup, trainer: Trainer, dtype: torch.dtype) -> int:
-    """Chooses, or takes up what the resumed run chose; applies, says and records it. After weights, gradients and
-    optimiser have their memory. Returns the bytes that are left."""
-    config, model, extras = setup.config, setup.model, trainer.state_extras
-    asked = [config.gradient_checkpointing, config.memory_budget, config.runtime.tokens_per_batch]
-    if extras.get("memory_asked") == asked:
-        policy = ActivationPolicy.from_json(extras["activation_policy"])
-        choice = MemoryChoice(policy, extras["spare_memory"], "as the run that is resumed")
-    else:
-
-        def make() -> MemoryChoice:
-            return choose(config, model, free_bytes(config, trainer, setup.device), setup.device, dtype)
-
-        choice = setup.ranks.from_main(make)
-    model.use_activation_policy(choice.policy)
-    recorded = choice.policy.to_json(), choice.spare, asked
-    extras |= dict(zip(RECORDED, recorded, strict=True))
-    setup.ranks.say(f"keeps      {choice.policy.describe()} ({choice.why})")
-    return choice.spare
+    fits: bool = True  # as predicted
 
 
 def choose(
-    config: Config, model: VisionLanguageModel, free: int | None, device: torch.device, dtype: torch.dtype
+    config: Config, model: VisionLanguageModel, free: int | None, card: Card | None, dtype: torch.dtype
 ) -> MemoryChoice:
     """What the layers of `model` keep where `free` bytes are there for it and for buffers; None: any number.
 
-    Where nothing fits it is the leanest choice, and a warning: the figures are predictions.
+    Where nothing fits it is the leanest choice.
+
+    Args:
+        model: on any device, the meta device too: shapes are all that counts.
+        card: whose times are compared; None: a CPU.
+        dtype: of activations.
     """
     num_language, num_vision = len(model.language.layers), len(model.vision.layers)
     if config.gradient_checkpointing:
@@ -87,65 +70,97 @@ def choose(
     if free is None:
         everything = ActivationPolicy.uniform("save_all", num_language, num_vision)
         return MemoryChoice(everything, 0, "on a CPU, without --memory_budget")
-    pack = largest_pack(config)
-    bits = Bits(BITS[config.bits], BITS[config.bits_head], BITS[config.bits_vision])
-    scratch = least_scratch(config, model.language, dtype.itemsize, on_cuda=device.type == "cuda")
-    found = costs(model.config, bits, pack, dtype, card_of(device), scratch=scratch)
-    budget = free - found.inputs - found.buffers
-    solution = solve(found.stages, found.after, budget)
+    found = counted(config, model, dtype, on_cuda=card is not None)
+    copies = asked_for(config, model.language, dtype.itemsize, on_cuda=card is not None)
+    budget = free - found.inputs - found.buffers - copies
+    solution = solve(_stages(found, rates(card, dtype)), found.after, budget)
     vision, language = solution.policies
-    policy = ActivationPolicy(language, vision)
     why = (
-        f"a pack of {pack.tokens:,} tokens is predicted to take {gib(solution.peak)}, {gib(max(0, budget))} are free"
+        f"a pack of {largest_pack(config).tokens:,} tokens is predicted to take {gib(solution.peak)}, "
+        f"{gib(max(0, budget))} are free"
         + (f"; {1000 * solution.seconds:.0f} ms of recomputation" if solution.seconds else "")
     )
-    if not solution.fits:
-        logger.warning("%s: expect to run out of memory; a smaller --runtime.tokens_per_batch takes less", why)
-    return MemoryChoice(policy, max(0, budget - solution.peak), why)
+    policy = ActivationPolicy(language=language, vision=vision)
+    return MemoryChoice(policy, max(0, budget - solution.peak), why, solution.fits)
+
+
+def counted(config: Config, model: VisionLanguageModel, dtype: torch.dtype, *, on_cuda: bool) -> Costs:
+    """What the largest pack of a run takes. `model` as in `choose`."""
+    scratch = least_scratch(config, model.language, dtype.itemsize, on_cuda=on_cuda)
+    return costs(model.config, bits_of(config), largest_pack(config), dtype, COUNTED_ON, scratch=scratch)
 
 
 def largest_pack(config: Config) -> PackShape:
-    """The largest pack that a run can meet, padded as for CUDA graphs, with every row supervised. Its attention is
-    that of samples half as long as the longest."""
-    tokens = round_up(max(config.runtime.tokens_per_batch, config.dataset.max_seq_len))
+    """The largest pack that a run can meet (engine/data/planning.py), padded as for CUDA graphs, with every row
+    supervised: as many tokens as asked for, or those of the longest sample, and never more than a step has."""
+    longest, samples = longest_sample(config), config.optim.samples_per_step(1)
+    asked, most = config.runtime.tokens_per_batch, longest - 1  # the modality token, one of a sample's, is in its row
+    tokens = max(asked // MULTIPLE * MULTIPLE, round_up(MODALITY_ROWS + most))
+    tokens = min(tokens, round_up(MODALITY_ROWS + samples * most))
     multiple = max(2, -(-tokens // 1024))
     return PackShape(
         tokens=tokens,
         supervised=tokens,
         segments=16 * -(-tokens // 2048),
-        tiles=-(-most_tiles(config.runtime.tokens_per_batch) // multiple) * multiple,
-        pairs=tokens * config.dataset.max_seq_len // 4,
-        longest=config.dataset.max_seq_len,
+        tiles=-(-min(most_tiles(asked), samples) // multiple) * multiple,
+        pairs=tokens * pairs_per_token(longest),
+        longest=longest,
     )
 
 
-def free_bytes(config: Config, trainer: Trainer, device: torch.device) -> int | None:
-    """Bytes that are free for a pass over a pack; None: no limit."""
+def free_bytes(config: Config, resident: int, memory: int | None) -> int | None:
+    """Bytes that are free for a pass over a pack; None: any number.
+
+    Args:
+        resident: bytes that are taken for good: weights, gradients, optimiser state, on a GPU the CUDA context.
+        memory: bytes that the run may have in all, `resident` among them; None: a CPU's, which has no limit.
+    """
     asked = parse_size(config.memory_budget) if config.memory_budget else None
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        allocated = torch.cuda.memory_allocated(device)
-        idle = free + torch.cuda.memory_reserved(device) - allocated
-        if asked is not None:
-            idle = min(idle, asked - CONTEXT_BYTES - allocated)
-        return int(idle * (1 - RESERVE))
-    return None if asked is None else asked - resident_bytes(trainer.model, trainer.optimizer.state_tensors())
+    if memory is None:
+        return None if asked is None else asked - resident
+    limit = memory if asked is None else min(memory, asked)
+    return int((limit - resident) * (1 - RESERVE))
 
 
-def resident_bytes(model: VisionLanguageModel, state: Mapping[str, Tensor]) -> int:
-    """Bytes of weights, gradients and optimiser state, each memory once."""
-    gradients = (p.grad for p in model.parameters() if p.grad is not None)
-    tensors = (*model.parameters(), *model.buffers(), *gradients, *state.values())
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
+def device_memory(device: torch.device) -> tuple[int, int]:
+    """Bytes that this process has of a GPU, CUDA context included, and those that it may have in all."""
+    free, _ = torch.cuda.mem_get_info(device)
+    allocated = torch.cuda.memory_allocated(device)
+    idle = free + torch.cuda.memory_reserved(device) - allocated
+    return allocated + CONTEXT_BYTES, allocated + CONTEXT_BYTES + idle
 
 
-def card_of(device: torch.device) -> Card:
-    """What is known of the card; one that is not in the table counts as the nearest one by compute capability."""
+def card_of(device: torch.device) -> Card | None:
+    """What is known of a GPU; one that is not in the table counts as the nearest one by compute capability. None: it is
+    none."""
     if device.type != "cuda":
-        return HOST
+        return None
     major, minor = torch.cuda.get_device_capability(device)
     capability = 10 * major + minor
     return card_named(torch.cuda.get_device_name(device)) or min(
         CARDS, key=lambda card: abs(card.capability - capability)
     )
+
+
+def rates(card: Card | None, dtype: torch.dtype) -> Card:
+    """The card as a run in this dtype finds it; None: a CPU."""
+    if card is None:
+        return HOST
+    return card.in_fp32() if dtype == torch.float32 else card
+
+
+def _stages(found: Costs, card: Card) -> list[Layers]:
+    """Tower and language model, with this card's times."""
+    return [
+        _timed(found.vision, found.vision_work.backward, card, narrow=True),
+        _timed(found.language, found.language_work.backward, card, narrow=False),
+    ]
+
+
+def _timed(layers: Layers, backward: Mapping[Policy, Sequence[Op]], card: Card, *, narrow: bool) -> Layers:
+    times = {policy: seconds(backward[policy], card, narrow=narrow) for policy in POLICIES}
+    choices = {
+        policy: replace(choice, seconds=max(0.0, times[policy] - times["save_all"]))
+        for policy, choice in layers.choices.items()
+    }
+    return replace(layers, choices=choices)

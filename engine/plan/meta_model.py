@@ -22,6 +22,7 @@ from models.vlm import VisionLanguageModel, VLMConfig
 
 META = torch.device("meta")
 LANGUAGE_LAYERS = 3  # the first, one among its like, the last
+TOWER_BLOCKS = 7  # taps behind 1, 2, 3, 4, 5, 7: the last block has another one before it, as in a deep tower
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ class PackShape:
 def cut_down(config: VLMConfig, bits: Bits, dtype: torch.dtype) -> VisionLanguageModel:
     """The model of `config` with few layers. `dtype`: of activations and 16-bit weights."""
     language: LlamaConfig = replace(config.language, num_layers=LANGUAGE_LAYERS)
-    vision: ClipConfig = replace(config.vision, num_layers=NUM_TAPS)  # a tap behind each block
+    vision: ClipConfig = replace(config.vision, num_layers=min(config.vision.num_layers, TOWER_BLOCKS))
     with META:
         model = VisionLanguageModel(replace(config, language=language, vision=vision))
     store(model, bits, dtype)

@@ -1,14 +1,15 @@
 """Out of memory at run time: what was planned, what torch holds, what to change, and what was saved.
 
 Nothing that was saved is touched. The flags are planned anew on the model's shapes, which needs no memory of a GPU.
+Where a checkpoint is there, only flags are named with which --resume goes on from it.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
@@ -16,93 +17,162 @@ import torch
 from engine.build import open_sources, vlm_config
 from engine.checkpoint import find_latest
 from engine.config import Config
-from engine.errors import CheckpointError, NibbleError, OutOfMemory, as_nibble_error
+from engine.distributed import Ranks
+from engine.errors import CheckpointError, NibbleError, OutOfMemory, as_nibble_error, is_of_a_gpu
 from engine.memory_size import gib
-from engine.plan.cards import CARDS, Card
+from engine.plan.cards import CARDS, Card, card_named
+from engine.plan.memory_budget import CONTEXT_BYTES, MemoryChoice, card_of, device_memory
+from engine.plan.remedies import Doing, savers
 from engine.plan.verdict import Planner
 from engine.precision import choose_dtype
 from engine.rundir import RunDir
+from models.recompute import ActivationPolicy
 
 logger = logging.getLogger("nibble")
 
 REMEDIES = 2
+OTHERS = 2**30  # bytes of a GPU that somebody else holds: worth a word
+FOR_THE_HOST = "end other programs on this machine, or lower --dataset.num_workers"
+
+
+@dataclass(slots=True)
+class Attempt:
+    """A run, and what an error has to know of it."""
+
+    config: Config
+    device: torch.device
+    rundir: RunDir
+    ranks: Ranks
+    doing: Doing = "loading"
+    choice: MemoryChoice | None = None  # what the run has made of the memory
+
+    def begin_training(self, policy: ActivationPolicy, spare: int) -> None:
+        """Everything is built; `spare`: bytes for unpacked copies."""
+        self.doing, self.choice = "training", MemoryChoice(policy, spare, "")
+
+    @contextmanager
+    def scoring(self) -> Iterator[None]:
+        """Inside: the model is evaluated. An error leaves `doing` as it is."""
+        before, self.doing = self.doing, "scoring"
+        yield
+        self.doing = before
+
+
+def present_card(device: torch.device) -> Card | None:
+    """The GPU of a run as a card: its name, what this process may have of it now, the rates of its kind. None: it is
+    none."""
+    known = card_of(device)
+    if known is None:
+        return None
+    name = torch.cuda.get_device_name(device)
+    if card_named(name) is None:
+        name = f"{name} (taken to be as fast as {known.name})"
+    return replace(known, name=name, memory=device_memory(device)[1])
 
 
 @contextmanager
-def explained(config: Config, device: torch.device, rundir: RunDir) -> Iterator[None]:
+def explained(attempt: Attempt) -> Iterator[Attempt]:
     """Turns an allocation that failed inside into the error that a person sees.
 
     Raises:
         OutOfMemory: in its place.
     """
     try:
-        yield
-    except (MemoryError, RuntimeError) as error:
+        yield attempt
+    except (MemoryError, RuntimeError, OSError) as error:
         known = as_nibble_error(error)
         if not isinstance(known, OutOfMemory) or isinstance(error, NibbleError):
             raise
-        raise _explanation(known, config, device, rundir) from error
+        if attempt.device.type == "cuda" and not is_of_a_gpu(error):
+            raise _of_the_host(known, attempt) from error
+        raise _explanation(known, attempt) from error
 
 
-def _explanation(known: OutOfMemory, config: Config, device: torch.device, rundir: RunDir) -> OutOfMemory:
-    saved = _saved(rundir)
-    try:
-        why, flags = _planned(config, device)
-    except (NibbleError, ValueError, RuntimeError, OSError) as error:  # the plan is help, and must not hide the error
-        logger.warning("no plan for the error below: %s", error)
-        return OutOfMemory(known.what, where=f"{device}, {saved}", why=known.why, do=known.do)
-    again = "the same command with --resume auto and " if saved.startswith("saved") else "the same command with "
+def _of_the_host(known: OutOfMemory, attempt: Attempt) -> OutOfMemory:
     return OutOfMemory(
-        known.what.partition("\n")[0], where=f"{device}; {saved}", why="\n".join(why),
-        do=again + ", or ".join(" ".join(each) for each in flags) if flags else known.do,
+        known.what.partition("\n")[0], where=_where(attempt, "the host"), do=FOR_THE_HOST,
+        why=f"the memory of the machine has ended, not that of the GPU, while {_doing(attempt)}",
     )  # fmt: skip
 
 
-def _saved(rundir: RunDir) -> str:
+def _explanation(known: OutOfMemory, attempt: Attempt) -> OutOfMemory:
+    try:
+        table, flags = _planned(attempt)
+    except (NibbleError, ValueError, RuntimeError, OSError, MemoryError) as error:  # help must not hide the error
+        logger.warning("no plan for the error below: %s", error)
+        return OutOfMemory(known.what, where=_where(attempt), why=known.why, do=known.do)
+    choices = ", or ".join(" ".join(each) for each in flags)
+    do = f"{_again(attempt)} {choices}" if flags else _nothing_helps(attempt)
+    why = "\n".join([f"while {_doing(attempt)}; {table[0]}", *table[1:]])
+    return OutOfMemory(known.what.partition("\n")[0], where=_where(attempt), why=why, do=do)
+
+
+def _nothing_helps(attempt: Attempt) -> str:
+    more = "a GPU with more memory" if attempt.device.type == "cuda" else "a machine with more memory"
+    config, saved = attempt.config, _latest(attempt.rundir)
+    smaller = config.train.language != "full" and config.bits != "4bit"
+    if saved and smaller:
+        return f"{more}, or a new run with --bits 4bit --adapter.init {saved.rpartition('/')[0]}"
+    return f"no flag takes clearly less: {more}"
+
+
+def _doing(attempt: Attempt) -> str:
+    return {
+        "loading": "the model was loaded", "training": "training", "scoring": "the model was evaluated"
+    }[attempt.doing]  # fmt: skip
+
+
+def _again(attempt: Attempt) -> str:
+    """How the command begins that goes on from what is saved."""
+    return "the same command with --resume auto and" if _latest(attempt.rundir) else "the same command with"
+
+
+def _where(attempt: Attempt, place: str = "") -> str:
+    rank = f", rank {attempt.ranks.rank} of {attempt.ranks.world}" if attempt.ranks.world > 1 else ""
+    latest = _latest(attempt.rundir)
+    saved = f"saved: {latest}" if latest else f"nothing is saved in {attempt.rundir.path} yet"
+    return f"{place or attempt.device}{rank}; {saved}"
+
+
+def _latest(rundir: RunDir) -> str:
+    """The newest checkpoint; empty where none is."""
     try:
         latest = find_latest(rundir.path, "size")
     except CheckpointError:
         latest = None
-    return f"saved: {latest}" if latest is not None else f"nothing is saved in {rundir.path} yet"
+    return "" if latest is None else str(latest)
 
 
-def _planned(config: Config, device: torch.device) -> tuple[list[str], list[tuple[str, ...]]]:
+def _planned(attempt: Attempt) -> tuple[list[str], list[tuple[str, ...]]]:
     """The table of memory, and what takes less of it."""
+    config, device, choice = attempt.config, attempt.device, attempt.choice
     sources = open_sources(config)
     shapes = vlm_config(config, sources.language.config, sources.vision.config)
     full = "full" in (config.train.language, config.train.vision)
     dtype, _ = choose_dtype(config.runtime.precision, device, full_training=full)
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    planner = Planner(shapes, num_ranks=ranks, dtype=dtype, on_cuda=device.type == "cuda")
-    card = _card(device)
-    found = planner.on(config, card)
+    planner = Planner(shapes, num_ranks=attempt.ranks.world, dtype=dtype, on_cuda=device.type == "cuda")
+    card = present_card(device) or CARDS[-1]
+    found = planner.on(config, card, choice)
     memory = found.memory
     table = [f"{gib(memory['total'])} were planned ({found.policy.describe()}):"]
     width = max(map(len, memory))
     table += [f"         {name:<{width}}  {gib(size):>10}" for name, size in memory.items() if size and name != "total"]
     table += _held(device)
-    return table, list(islice(planner.savers(config, card), REMEDIES))
-
-
-def _card(device: torch.device) -> Card:
-    """The device as a card: its own memory, the rates of the first in the table, which do not matter here."""
-    if device.type != "cuda":
-        return CARDS[-1]
-    return Card(str(device), torch.cuda.mem_get_info(device)[1], CARDS[0].capability, CARDS[0].rate, CARDS[0].bandwidth)
+    less = savers(planner, config, card, choice, attempt.doing, same_bits=bool(_latest(attempt.rundir)))
+    return table, list(islice(less, REMEDIES))
 
 
 def _held(device: torch.device) -> list[str]:
     if device.type != "cuda":
         return []
     free, total = torch.cuda.mem_get_info(device)
-    live, most, kept = (
-        gib(size)
-        for size in (
-            torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device),
-            torch.cuda.memory_reserved(device),
-        )
-    )  # fmt: skip
-    return [
-        f"       torch: {live} in tensors ({most} at most), {kept} kept from the driver; "
+    reserved = torch.cuda.memory_reserved(device)
+    live, most = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+    lines = [
+        f"       torch: {gib(live)} in tensors ({gib(most)} at most), {gib(reserved)} kept from the driver; "
         f"the GPU: {gib(free)} of {gib(total)} free"
     ]
+    others = total - free - reserved - CONTEXT_BYTES
+    if others > OTHERS:
+        lines.append(f"       other processes hold {gib(others)} of the GPU (nvidia-smi names them)")
+    return lines

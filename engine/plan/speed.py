@@ -22,13 +22,26 @@ class Speed:
 
 
 def predicted(
-    costs: Costs, shape: PackShape, policy: ActivationPolicy, card: Card, *, copied_layers: int = 0, graphs: bool = True
-) -> Speed:
+    costs: Costs, shape: PackShape, policy: ActivationPolicy, card: Card, *, copied_layers: int = 0,
+    graphs: bool = True, samples: float | None = None,
+) -> Speed:  # fmt: skip
     """Of packs of so many tokens, with images and supervised rows as ScienceQA has them, whatever `shape` was counted
-    with. `copied_layers`: how many of the language model's last layers are never unpacked."""
-    samples = samples_per_pack(shape.tokens)
-    supervised = SUPERVISED * samples / shape.supervised
-    images = IMAGE_SHARE * samples / shape.tiles if shape.tiles else 0.0
+    with. `copied_layers`: how many of the language model's last layers are never unpacked. `samples` of a pack; None:
+    as many as fill it."""
+    samples = samples_per_pack(shape.tokens) if samples is None else samples
+    time = pass_seconds(
+        costs, policy, card, copied_layers=copied_layers, graphs=graphs,
+        supervised=SUPERVISED * samples / shape.supervised,
+        images=IMAGE_SHARE * samples / shape.tiles if shape.tiles else 0.0,
+    )  # fmt: skip
+    return Speed(time, samples / time, samples * MEAN_LENGTH / time)
+
+
+def pass_seconds(
+    costs: Costs, policy: ActivationPolicy, card: Card, *, copied_layers: int = 0, graphs: bool = True,
+    supervised: float = 1.0, images: float = 1.0,
+) -> float:  # fmt: skip
+    """Of the pack that was counted, forward and backward, with these shares of its supervised rows and its tiles."""
     time = supervised * seconds(costs.other_work, card, graphs=graphs)
     for chosen in set(policy.vision):
         layer = _layer(costs.vision_work, chosen, card, narrow=True, graphs=graphs)
@@ -36,7 +49,7 @@ def predicted(
     first_copied = len(policy.language) - copied_layers
     for index, chosen in enumerate(policy.language):
         time += _layer(costs.language_work, chosen, card, narrow=False, graphs=graphs, copied=index >= first_copied)
-    return Speed(time, samples / time, samples * MEAN_LENGTH / time)
+    return time
 
 
 def _layer(work: Work, policy: Policy, card: Card, *, narrow: bool, graphs: bool, copied: bool = False) -> float:

@@ -23,9 +23,8 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.build import BITS
 from engine.checks import about_unpacking
-from engine.config import Config
+from engine.config import BITS, Config
 from engine.memory_size import gib, parse_size
 from kernels import unpacked
 from kernels.linear_nf4 import set_few_rows
@@ -80,6 +79,21 @@ def share_of(config: Config, model: Llama, itemsize: int, *, on_cuda: bool, spar
     recomputing = config.gradient_checkpointing or any(block.policy == "keep_input" for block in model.blocks())
     prefetch = config.runtime.prefetch and on_cuda
     return divide(budget, layers, checkpointing=recomputing, prefetch=prefetch, head=head)
+
+
+def asked_for(config: Config, model: Llama, itemsize: int, *, on_cuda: bool) -> int:
+    """Most bytes beyond `least_scratch` that become of an explicit --runtime.unpacked_memory, whatever layers keep; 0
+    for "auto", which takes what is left."""
+    asked = config.runtime.unpacked_memory
+    if BITS[config.bits] == 16 or asked == "auto" or not on_cuda:
+        return 0
+    layers, head = _sizes(config, model, itemsize)
+    shares = (
+        divide(parse_size(asked), layers, checkpointing=recomputing, prefetch=config.runtime.prefetch, head=head)
+        for recomputing in (False, True)
+    )
+    least = least_scratch(config, model, itemsize, on_cuda=on_cuda)
+    return max(0, max(share.scratch + share.copies for share in shares) - least)
 
 
 def least_scratch(config: Config, model: Llama, itemsize: int, *, on_cuda: bool) -> int:

@@ -52,7 +52,7 @@ class Context:
     router_rows: Tensor | None  # int64 [R], rows of x whose norm routes; None at decode, where the cache has the mix
     rope: tuple[Tensor, Tensor]  # cos, sin, fp32 [P, d / 2]
     seed: Tensor | None  # int64 [1]: dropout and drop path are on; None: off
-    segment_of: Tensor | None = None  # int64 [T], only for drop path
+    segment_of: Tensor | None = None  # int32 [T], only for drop path
 
 
 class Attention(nn.Module):

@@ -102,9 +102,10 @@ def open_archive(path: Path) -> Archive:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
         shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
         sizes = {name: math.prod(shapes[name]) * _BYTES.get(part.get_dtype(), 1) for name, part in slices.items()}
-    except (SafetensorError, OSError) as error:
+        is_mapped = _reads_views(file.get_tensor, sizes)
+    except (SafetensorError, OSError, RuntimeError) as error:  # the last: torch, which maps for safetensors
         raise WeightsError(path, f"{DAMAGED}: {error}", do=GET_AGAIN) from error
-    return Archive(path, shapes, sizes, file.get_tensor, is_mapped=_reads_views(file.get_tensor, sizes))
+    return Archive(path, shapes, sizes, file.get_tensor, is_mapped)
 
 
 def archive_of(path: Path, values: object, *, is_mapped: bool = False) -> Archive:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import pytest
 import torch
 
 from benchmarks import checks, command, suite
+from benchmarks.rows import Recorder, Row, read
 from engine.op_checks import OpCheck
+from tests.benchmarks.made_up import row
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,6 +54,7 @@ def test_a_lost_device_ends_the_part_and_blames_nobody(
 
     monkeypatch.setattr(command, "measure", failing)
     monkeypatch.setattr(command, "device_is_lost", lambda: lost)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     bench: Any = suite.bench("rope")
     rows = command._rows(bench, bench.cases()[0], object(), None, False)  # type: ignore[arg-type]
     if lost:
@@ -119,7 +123,8 @@ def test_a_part_that_fails_does_not_stop_the_others(
     assert len(processes.started) == len(suite.PARTS)
     assert processes.started[0][1:] == ["-m", "csrc.build", "--optional"]
     assert processes.started[1][1:] == ["-m", *suite.TESTS]
-    assert processes.started[2][2:] == [
+    (rms_norm,) = (words for words in processes.started if "benchmarks.rms_norm" in words)
+    assert rms_norm[2:] == [
         "benchmarks.rms_norm",
         "--output",
         str(tmp_path),
@@ -167,7 +172,74 @@ def test_quick_ends_in_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     processes = Processes({})
     assert run_suite(monkeypatch, processes, "--quick") == 1
     assert processes.started == []
-    assert capsys.readouterr().out.count("not reached: the time of --quick is over") == len(suite.PARTS)
+    assert capsys.readouterr().out.count("not reached: the time is over") == len(suite.PARTS)
+
+
+def test_a_limit_of_seconds_is_no_other_selection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for a machine that is lent for a while: all tests, all cases."""
+    processes = Processes({})
+    assert run_suite(monkeypatch, processes, "--seconds", "500", "--only", "tests", "rope") == 0
+    (_, _, *tests), (_, _, *rope) = processes.started
+    assert tests == list(suite.TESTS) and rope[0] == "benchmarks.rope" and "--quick" not in rope
+    assert run_suite(monkeypatch, processes, "--seconds", "0", "--only", "rope") == 1
+    assert len(processes.started) == 2
+
+
+def test_some_parts_in_the_suites_order_and_some_of_their_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    processes = Processes({})
+    assert run_suite(monkeypatch, processes, "--only", "parity", "end_to_end", "csrc", "--case", "model=7B") == 0
+    build, *parts = processes.started
+    assert build[2] == "csrc.build"
+    assert [words[2] for words in parts] == ["benchmarks.end_to_end", "benchmarks.parity"]
+    assert all(words[-2:] == ["--case", "model=7B"] for words in parts)
+
+
+def test_groups_are_all_the_benchmarks() -> None:
+    kernels, whole = suite.GROUPS["kernels"], suite.GROUPS["whole"]
+    assert sorted((*suite.BEFORE, *kernels, *whole)) == sorted(suite.PARTS)
+    assert sorted((*kernels, *whole)) == sorted((*suite.BENCHES, *suite.YARDSTICKS))
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_cases_are_chosen_by_their_words(capsys: pytest.CaptureFixture[str]) -> None:
+    def listed(*flags: str) -> list[str]:
+        assert command.main(suite.part("end_to_end"), ["--list", *flags]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    words = "T=8192 model=13B"
+    assert len(listed("--case", words)) == 1 and "model=13B T=8192" in listed("--case", words)[0]
+    assert len(listed("--case", "model=7B", "--case", "model=13B")) == len(listed())
+    assert len(listed("--case", "model=7B", "--quick")) < len(listed("--case", "model=7B"))
+    with pytest.raises(SystemExit, match="2"):
+        command.main(suite.part("end_to_end"), ["--case", "model=7"])
+    with pytest.raises(SystemExit, match="2"):
+        suite.main(["--only", "end_to_end", "rope", "--case", "model=7B"])
+    assert "no case of rope has the words" in capsys.readouterr().err
+
+
+def test_a_figure_that_is_none_is_a_failure_and_ends_nothing(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, "run")
+    for made in row(error=float("nan")), row(variant="torch"):
+        command.recorded(recorder, made)
+    found = read(tmp_path)
+    assert [(one.variant, one.failure) for one in found] == [("nibble", "no row: error got nan"), ("torch", None)]
+    assert found[0].ms is None
+
+
+def test_a_case_gets_a_device_with_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.cuda.use_mem_pool, under our CUDA graphs, refuses one without: "Expected a torch.device with a specified
+    index"."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    seen: list[torch.device] = []
+    bench: Any = suite.part("packing")
+
+    def rows(case: object, device: torch.device, *_: object) -> list[Row]:
+        seen.append(device)
+        return []
+
+    spy = replace(bench, rows=rows)
+    assert list(command._rows(spy, bench.cases()[0], None, None, False)) == []  # type: ignore[arg-type]
+    assert [device.index for device in seen] == [3]
 
 
 def test_nothing_but_torch_is_needed() -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import end_to_end, engine_setting
-from benchmarks.engine_setting import choose, largest_pack, shape_of
+from benchmarks import end_to_end
+from benchmarks.goals import GOALS
 from benchmarks.hugging_face import MODELING, HuggingFaceTrainer
 from benchmarks.lavin_lite import LavinTrainer
 from benchmarks.problem import Case
@@ -21,8 +20,6 @@ from benchmarks.step import MODELS, build
 from benchmarks.trainers import LR, NibbleTrainer, Trainer, packs_of
 from benchmarks.workload import Workload, of_lengths, workload
 from engine.data.packing import filled_tokens
-from engine.data.padding import pad
-from engine.plan.cards import CARDS
 from models.adapters.mma import AdapterConfig
 from models.vlm import VisionLanguageModel
 from tests.benchmarks.made_up import ORIGIN
@@ -63,9 +60,19 @@ def test_a_step_has_scienceqas_mean_tail_images_and_targets() -> None:
 def test_28_samples_fill_one_pack_of_8192_and_one_sample_fills_its_pack() -> None:
     (pack,) = packs_of(workload(end_to_end.FULL, 32000, 2), 8192, "sample")
     assert pack.input_ids.numel() == 8192 and filled_tokens(pack) > 0.98 * 8192
-    (single,) = end_to_end.step_samples(end_to_end.cases()[0], end_to_end.SHAPES["7B"])
+    (single,) = end_to_end.step_samples(end_to_end.cases()[1], end_to_end.SHAPES["7B"])
     (pack,) = packs_of(single, 512, "sample")
     assert pack.input_ids.numel() == 512 and single.images == 1
+
+
+def test_no_peer_is_timed_after_a_profile_and_goals_find_theirs() -> None:
+    cases = end_to_end.cases()
+    profiled = [end_to_end.is_profiled(case) for case in cases]
+    assert profiled == sorted(profiled) and sum(profiled) == 2
+    assert all(end_to_end.trainers(case, quick=False) == ("nibble",) for case in cases if end_to_end.is_profiled(case))
+    (g18,) = (goal for goal in GOALS if goal.id == "G18")
+    names = {case.name for case in cases if end_to_end.is_profiled(case)}
+    assert {name for condition in g18.conditions for name in condition.cases} == names
 
 
 def test_lavin_lites_loop_computes_what_the_engine_does() -> None:
@@ -158,7 +165,7 @@ def test_liger_serves_its_own_model_alone(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_every_trainer_makes_a_row_and_a_missing_peer_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = toy_rows(monkeypatch)
-    assert [row.variant for row in rows] == ["nibble", *end_to_end.PEERS]
+    assert len(rows) == 5 and {row.variant for row in rows} == {"nibble", *end_to_end.PEERS}
     for row in rows:
         assert parse(row.flat()) == row
     missing = [row for row in rows if row.failure is not None]
@@ -170,7 +177,8 @@ def test_every_trainer_makes_a_row_and_a_missing_peer_says_so(monkeypatch: pytes
         assert row.ms and row.samples == end_to_end.ROUNDS and row.mode == "step"
         assert row.samples_per_s == pytest.approx(4 * row.samples / (row.ms / 1e3 * row.samples), rel=0.5)
         assert row.tokens_per_s and row.fraction
-    assert rows[0].policy == "language: save_all x 2; vision: save_all x 6"
+    (ours,) = (row for row in rows if row.variant == "nibble")
+    assert ours.policy == "language: save_all x 2; vision: save_all x 6"
 
 
 def test_a_policy_and_one_sample(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,42 +192,6 @@ def test_mfu_counts_weights_and_real_tokens_alone() -> None:
     work = of_lengths([100], config.vocab_size, 2)
     layers, head = 6_476_005_376, 32000 * 4096
     assert end_to_end.useful_flops(work, config) == 4 * (layers * 100 + head * work.supervised)
-
-
-def test_the_engines_choice_depends_on_the_memory() -> None:
-    """Much: everything is kept, and all layers unpacked. Little: what takes least."""
-    vlm = toy_model()
-    packs = [pad(pack) for pack in packs_of(toy_work(), 128, "sample")]
-    found = {
-        free: choose(vlm, "auto", 128, packs, free, CARDS[0], torch.float32, end_to_end.held_bytes(vlm))
-        for free in (10**9, 10**6)
-    }
-    much, little = found[10**9], found[10**6]
-    assert set(much.policy.language) == {"save_all"} and much.copied_layers == 2
-    assert "save_all" not in little.policy.language and little.copied_layers == 0
-    assert (much.plan_bytes or 0) > (little.plan_bytes or 0) > end_to_end.held_bytes(vlm)
-    assert much.plan_tokens_per_s and much.fields()["setting"] == "2 layers kept unpacked"
-    asked = choose(vlm, "keep_input", 128, packs, 10**9, CARDS[0], torch.float32, 0)
-    assert set(asked.policy.vision) == {"keep_input"} and asked.copied_layers == 0
-    assert (asked.plan_tokens_per_s or 0) < much.plan_tokens_per_s  # it recomputes, and unpacks
-
-
-def test_the_counted_pack_is_the_pack() -> None:
-    pack = pad(packs_of(toy_work(), 512, "sample")[0])
-    shape = shape_of(pack)
-    assert (shape.tokens, shape.supervised, shape.tiles) == (256, pack.supervised.numel(), 2)
-    lengths = pack.segments.cu_seqlens.diff().tolist()
-    assert shape.pairs == sum(length**2 for length in lengths) // 2
-    assert largest_pack(512, [pack]).tokens == 512 and largest_pack(128, [pack]).tokens == 256
-
-
-def test_copies_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    vlm, kept = toy_model(), list[int]()
-    monkeypatch.setattr(engine_setting.unpacked, "keep", lambda group, dtype: kept.append(len(group)))
-    setting = choose(vlm, "save_all", 128, [], 0, None, torch.float32, 0)
-    replace(setting, copied_layers=1).use(vlm)
-    assert kept == [3, 1, 2, 1]
-    assert vlm.activation_policy == setting.policy
 
 
 @pytest.mark.parametrize("trainer", [NibbleTrainer, LavinTrainer])

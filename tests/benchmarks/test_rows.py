@@ -79,6 +79,16 @@ def test_the_latest_run_of_a_card_and_benchmark_counts() -> None:
     }
 
 
+def test_a_run_of_some_cases_leaves_the_others_as_they_were() -> None:
+    """And within a case nothing is compared across runs: the old peer is gone."""
+    older = [row(ms=1.0), row(ms=1.0, variant="torch"), row(ms=1.0, case={"T": 16})]
+    newer = [row(ms=2.0, run="newer", date="2000-01-02T00:00:00+00:00")]
+    assert [(r.name, r.variant, r.ms) for r in latest([*older, *newer])] == [
+        ("T=16", "nibble", 1.0),
+        ("T=8", "nibble", 2.0),
+    ]
+
+
 def test_the_last_row_of_a_run_counts() -> None:
     (one,) = latest([row(ms=1.0), row(ms=2.0, date="2000-01-01T00:00:01+00:00")])
     assert one.ms == 2.0

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from engine import memory_budget
+from engine import settle
 from engine.checkpoint import find_latest, load_checkpoint
 from models.recompute import ActivationPolicy
 from models.vlm import VisionLanguageModel
@@ -44,11 +44,14 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> list[ActivationPolicy]:
 
 @pytest.fixture
 def said(capfd: pytest.CaptureFixture[str]) -> Callable[[], tuple[str, bool]]:
-    """What the run before said that its layers keep, and whether it warned."""
+    """What the run before said that its layers keep, the same in its plan, and whether it warned."""
 
     def read() -> tuple[str, bool]:
         error = capfd.readouterr().err
-        return re.findall(r"^keeps +(.*)$", error, re.MULTILINE)[-1], "expect to run out of memory" in error
+        *_, planned = re.findall(r"^memory .*predicted.*(language: .*; vision: .*)$", error, re.MULTILINE)
+        *_, kept = re.findall(r"^keeps +(.*)$", error, re.MULTILINE)
+        assert kept.startswith(f"{planned} (")
+        return kept, "expect to run out of memory" in error
 
     return read
 
@@ -90,7 +93,7 @@ def test_a_resumed_run_takes_up_the_choice_unless_its_command_asks_for_another(
     def counting(*_: object, **__: object) -> NoReturn:
         raise AssertionError("counted anew")
 
-    monkeypatch.setattr(memory_budget, "choose", counting)
+    monkeypatch.setattr(settle, "choose", counting)
     assert type_train(*more, 3, "--gradient_checkpointing") == 0
     assert said()[0].endswith("(as the run that is resumed)")
     assert kept[0] not in (ALL, LEANEST) and kept[1:] == [LEANEST, LEANEST]

@@ -26,12 +26,11 @@ class TapeRecorder:
 
     def __init__(self, obstacle: str = "") -> None:
         self.why_not = obstacle
+        self.left = 0  # bytes that passes have left in its memory
+        self.released = 0  # times
 
     def stream(self) -> AbstractContextManager[None]:
         return nullcontext()
-
-    def make_room(self) -> None:
-        pass
 
     def memory(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -39,10 +38,12 @@ class TapeRecorder:
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         unpacked.forget(memory=True)  # what is captured has a buffer of its own
         tape = _Tape()
-        with mock.patch.object(Tensor, "tolist", _refuse), tape:
-            work()
+        try:
+            with mock.patch.object(Tensor, "tolist", _refuse), tape:
+                work()
+        finally:
+            tape.undo()
         assert not any(ring.groups for ring in unpacked._rings.values()), "unpacked.forget() ends a capture"
-        tape.undo()
 
         def replay() -> None:
             tape.replay()
@@ -50,8 +51,16 @@ class TapeRecorder:
 
         return replay
 
+    def held(self) -> int:
+        return self.left
+
     def obstacle(self) -> str:
         return self.why_not
+
+    def release(self, drop: Callable[[], object]) -> None:
+        drop()
+        self.left = 0
+        self.released += 1
 
 
 def _refuse(tensor: Tensor) -> None:

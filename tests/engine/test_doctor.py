@@ -270,6 +270,21 @@ def test_what_is_kept_of_quantized_weights(look: Look, monkeypatch: pytest.Monke
     (kept / "manifest.json").write_text("{}")
     text = finding(look()[1], "weight cache")["text"]
     assert text.startswith(f"{tmp_path / 'weights'}: 1.50 GiB (0123456789abcdef 1.50 GiB)")
+    left = tmp_path / "weights" / ".tmp-0123-45"
+    left.mkdir()
+    with (left / "weights.safetensors").open("wb") as file:
+        file.truncate(1 << 29)
+    text = finding(look()[1], "weight cache")["text"]
+    assert "2.00 GiB (0123456789abcdef 1.50 GiB)" in text and "0.50 GiB are unfinished" in text
+
+
+def test_a_cache_that_may_not_be_entered_is_a_finding(
+    look: Look, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A name that is too long is refused as a closed folder is, also for root."""
+    monkeypatch.setenv("NIBBLE_CACHE", str(tmp_path / ("n" * 300)))
+    found = finding(look()[1], "weight cache")
+    assert found["status"] == "note" and "cannot be read" in found["text"]
 
 
 def test_another_package_called_kernels_is_named(look: Look, monkeypatch: pytest.MonkeyPatch) -> None:

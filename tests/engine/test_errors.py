@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import pickle
 import subprocess
 import sys
@@ -90,6 +91,16 @@ def test_out_of_memory_says_what_needs_less(
     first, do = capsys.readouterr().err.splitlines()
     assert first.startswith("error[memory]: ") and what in first
     assert do.startswith("  do: lower --runtime.tokens_per_batch") and "--gradient_checkpointing" in do
+
+
+@pytest.mark.parametrize(
+    "text", ["CUDA error: out of memory\nCompile with", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"]
+)
+def test_allocations_that_fail_below_torchs_allocator(text: str) -> None:
+    found = errors.as_nibble_error(RuntimeError(text))
+    assert isinstance(found, errors.OutOfMemory) and errors.is_of_a_gpu(RuntimeError(text))
+    assert errors.is_of_a_gpu(OutOfMemoryError("x")) and not errors.is_of_a_gpu(MemoryError())
+    assert isinstance(errors.as_nibble_error(OSError(errno.ENOMEM, "Cannot allocate memory")), errors.OutOfMemory)
 
 
 def test_another_runtime_error_is_a_defect() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import signal
 import zlib
 from pathlib import Path
 
@@ -33,6 +35,23 @@ def test_tensors_may_arrive_in_any_order(tmp_path: Path, backwards: bool) -> Non
     assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
     write_tensors(tmp_path / "whole.safetensors", TENSORS)
     assert (tmp_path / "whole.safetensors").stat().st_size == file_size(SPECS)
+
+
+def test_what_is_given_up_on_a_full_disk_closes_without_an_error(tmp_path: Path) -> None:
+    """A small tensor waits in a buffer, which close() writes: the disk that refused it once refuses it again."""
+    limit, signal_was = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    writer = TensorWriter(tmp_path / "w", {"a": (torch.uint8, (4096,)), "b": (torch.uint8, (1 << 20,))})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, limit[1]))
+    try:
+        with pytest.raises(OSError):
+            writer.write("a", torch.zeros(4096, dtype=torch.uint8))
+            writer.write("b", torch.zeros(1 << 20, dtype=torch.uint8))
+        writer.close()
+        with pytest.raises(OSError):
+            TensorWriter(tmp_path / "headers", {f"{i:064}": (torch.uint8, (1,)) for i in range(400)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, signal_was)
 
 
 def test_a_tensor_that_was_not_announced_is_refused(tmp_path: Path) -> None:

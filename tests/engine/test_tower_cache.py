@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from engine.data.sample import IGNORE, Sample
 from engine.data.sampler import StepSampler
 from engine.distributed import Ranks
 from engine.errors import DataError
-from engine.graphs import GraphedPasses, Passes
+from engine.graphs import GraphedPasses, Passes, signature
 from engine.optim import Optimizer
 from engine.scaler import LossScaler
 from engine.step import StepResult, train_step
@@ -99,6 +100,63 @@ def test_the_tower_looks_once_and_losses_stay(workers: int) -> None:
     assert [r.grad_norm for r in found] == pytest.approx([r.grad_norm for r in expected], rel=1e-4)
     assert kept.looks == [1] * len(IMAGES) and sorted(kept.reader.read) == sorted(str(i) for i in IMAGES)
     assert sum(plain.looks) == 3 * sum(Pictures().sample(i).image is not None for i in range(SAMPLES))
+
+
+class Shared(Pictures):
+    """Three images for all samples: the same one in several packs of a step, not in the order of samples."""
+
+    def sample(self, index: int) -> Sample:
+        sample = super().sample(index)
+        return replace(sample, image=sample.image and f"{index % 3 + 1}.png")
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_an_image_of_several_samples_is_new_in_the_first_pack_that_has_it(workers: int) -> None:
+    plain, kept = Run(None), Run(50, workers=workers)
+    plain.loader.dataset = kept.loader.dataset = Shared()
+    expected, found = plain.steps(0, 8), kept.steps(0, 8)
+    assert [r.loss for r in found] == pytest.approx([r.loss for r in expected], rel=1e-5)
+    assert len(kept.looks) == 2  # sample 3 n + 2 has none
+
+
+def test_each_rank_looks_at_the_images_that_it_meets() -> None:
+    """What is new to this rank is not what is new to the step."""
+    for rank in (0, 1):
+        run = Run(50)
+        run.loader.rank, run.loader.ranks = rank, 2
+        assert run.passes.features is not None
+        run.loader.order = StepSampler(SAMPLES, 4, 0)
+        for packs in run.loader.steps(0, 15):
+            for pack in packs:
+                filled = run.passes.features.fill(pack)
+                shown = filled.image_slots.numel() // 6
+                assert not shown or (filled.features is not None and filled.features[:shown].abs().amax((1, 2)).all())
+
+
+def test_new_images_make_no_other_shape() -> None:
+    """Else the graphs of the first epoch would be all, and serve no other."""
+    run = Run(50, graphs=True)
+    assert isinstance(run.passes, GraphedPasses) and run.passes.features is not None
+    shapes = []
+    for _ in range(2):
+        packs = next(run.loader.steps(0, 1))
+        assert any(pack.tiles is not None for pack in packs)
+        run.reader.read.clear()
+        shapes.append({signature(run.passes.features.fill(pack)) for pack in packs})
+        run.passes.features.places.clear = lambda: None  # type: ignore[method-assign]
+        seen = next(run.loader.steps(0, 1))
+        assert all(pack.tiles is None for pack in seen)
+        shapes.append({signature(run.passes.features.fill(pack)) for pack in seen})
+        del run.passes.features.places.clear
+    assert shapes[0] == shapes[1] == shapes[2] == shapes[3]
+
+
+def test_a_step_can_be_asked_for_after_others_were_prepared() -> None:
+    run = Run(50)
+    prepared = run.loader.steps(0, 2)
+    next(prepared)
+    prepared.close()
+    assert len(run.loader.packs(7)) > 0
 
 
 def test_images_without_room_are_looked_at_each_time() -> None:

@@ -136,3 +136,28 @@ def test_a_convolution() -> None:
     with counting() as counter:
         torch.nn.functional.conv2d(x, w, stride=14)
     assert [op.flops for op in counter.ops] == [2 * 2 * 16 * 4 * 3 * 14 * 14]
+
+
+def test_what_other_ops_move() -> None:
+    """Rows of a table, not the table; what is only written once, what is changed in place twice; no kernel, no op."""
+    table, x, rows = bf16(V, D), bf16(T, D), torch.empty(7, dtype=torch.int64, device=META)
+    stream, some = 2 * T * D, 2 * 7 * D
+    with counting() as counter:
+        torch.promote_types(torch.float32, x.dtype)
+        wide = torch.result_type(x, table)
+        assert wide == torch.bfloat16 and not counter.ops
+        torch.nn.functional.embedding(rows, table)
+        picked = x.index_select(0, rows)
+        x[rows]
+        x.index_add_(0, rows, picked)
+        torch.zeros_like(x).fill_(1)
+        x.copy_(bf16(T, D))
+        x.mul_(2)
+        torch._foreach_mul_([x, x[:7]], 2.0)
+    moved = {op.name: op.bytes for op in counter.ops}
+    assert moved == {
+        "embedding": 2 * some + 56, "index_select": 2 * some + 56, "index": 2 * some + 56,
+        "index_add_": 3 * some + 56, "zeros_like": stream, "fill_": stream, "copy_": 2 * stream, "mul_": 2 * stream,
+        "_foreach_mul_": 2 * (stream + some),
+    }  # fmt: skip
+    assert all(op.launches == 1 for op in counter.ops)

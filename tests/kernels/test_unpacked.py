@@ -6,6 +6,7 @@ import gc
 import random
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -261,7 +262,7 @@ class Delayed:
     def __init__(self) -> None:
         self.work: list[Callable[[], None]] = []
 
-    def run(self, work: Callable[[], None], buffer: Tensor) -> Delayed.Event:
+    def run(self, work: Callable[[], None]) -> Delayed.Event:
         self.work.append(work)
         return Delayed.Event(self, len(self.work))
 
@@ -278,7 +279,7 @@ class Delayed:
 class AtOnce:
     """At its fastest: all is done before the product that it runs beside has read anything."""
 
-    def run(self, work: Callable[[], None], buffer: Tensor) -> AtOnce:
+    def run(self, work: Callable[[], None]) -> AtOnce:
         work()
         return self
 
@@ -364,13 +365,38 @@ def test_weights_that_are_not_there_are_not_unpacked_ahead() -> None:
 
 
 def test_what_was_prefetched_is_waited_for_where_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On its own device, whatever the current one."""
+    """On the stream that asked for it, whatever the current one and its device: another stream's buffer is given back,
+    too."""
     waiting: list[object] = []
-    event = SimpleNamespace(wait=lambda stream=None: waiting.append(stream))
-    stream: Any = SimpleNamespace(device=torch.device("cuda", 1), record_event=lambda: event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"stream of {device}")
-    unpacked._CudaEvent(stream).wait()
-    assert waiting == ["stream of cuda:1"]
+    event = SimpleNamespace(wait=waiting.append)
+    device = torch.device("cuda", 1)
+    stream = SimpleNamespace(device=device, wait_stream=lambda stream: None, record_event=lambda: event)
+    current = {"stream": "reader"}
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"{current['stream']} on {device}")
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    ready = unpacked._CudaStream(device).run(lambda: None)
+    current["stream"] = "another"
+    ready.wait()
+    assert waiting == ["reader on cuda:1"]
+
+
+@pytest.mark.parametrize("give_back", ["forget", "release", "grow"])
+def test_nothing_is_written_to_memory_that_is_given_back(give_back: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Delayed()
+    monkeypatch.setattr(unpacked, "_second_stream", lambda device: stream)
+    chain = layers(1, 4)[0]
+    configure(scratch_bytes=2 * 64 * 64 * DTYPE.itemsize, prefetch=True)
+    dequantisations(chain)
+    forget()
+    weights(chain[0], DTYPE)
+    (matrix,) = (group.matrix for group in unpacked._rings[CPU, DTYPE, 0, False].groups.values() if group.ready)
+    assert not torch.equal(matrix, expected := dequantize_nf4(chain[1][0]).to(DTYPE))  # type: ignore[arg-type]
+    if give_back == "grow":
+        weights((square(128),), DTYPE)
+    else:
+        {"forget": lambda: forget(memory=True), "release": release}[give_back]()
+    assert torch.equal(matrix, expected)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

@@ -15,7 +15,7 @@ from kernels.int8 import Int8Tensor, dequantize_int8, quantize_int8
 from kernels.nf4 import NF4Tensor, quantize_nf4
 from models.linear import Linear
 from models.placement import fill
-from models.quantized import QuantizedWeight
+from models.quantized import QuantizedWeight, from_parts, parts
 from models.vlm import VisionLanguageModel
 from tests.models.tiny import step_loss, tiny_config, tiny_model
 
@@ -27,6 +27,20 @@ BITS = {"language": 4, "head": 8, "vision": 8}
 def quantized(bits: int, seed: int = 0) -> QuantizedWeight:
     weight = torch.randn(37, 96, generator=torch.Generator().manual_seed(seed)).bfloat16()
     return QuantizedWeight(quantize_nf4(weight) if bits == 4 else quantize_int8(weight))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_parts_that_do_not_fit_the_shape_are_refused(bits: int) -> None:
+    """Kernels take the shape's word for it and would read past the end."""
+    packed = quantized(bits).packed()
+    whole = parts(packed)
+    assert from_parts(whole, (37, 96), torch.bfloat16).shape == packed.shape
+    for part, tensor in whole.items():
+        for wrong in (tensor[:-1], tensor.bool()):
+            with pytest.raises(ValueError, match=f"{part} of a packed weight \\[37, 96\\] is"):
+                from_parts(whole | {part: wrong}, (37, 96), torch.bfloat16)
+    with pytest.raises(ValueError, match="codes of a packed weight"):
+        from_parts({name: tensor for name, tensor in whole.items() if name != "codes"}, (37, 96), torch.bfloat16)
 
 
 def dense(weight: NF4Tensor | Int8Tensor) -> Tensor:

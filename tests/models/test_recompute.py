@@ -182,6 +182,20 @@ def test_the_last_product_is_not_computed_again(monkeypatch: pytest.MonkeyPatch)
     assert calls[id(model.language.blocks()[0].attention.o)] == 2
 
 
+@pytest.mark.parametrize("trained", [{"train_vision": "frozen"}, {"train_projector": "frozen"}], ids=str)
+def test_a_pack_without_images_has_a_backward_pass_whatever_learns(trained: dict[str, str]) -> None:
+    """Where the language model is frozen its loss depends on nothing that learns: gradients are zero or none."""
+    model = tiny_model(tiny_config(train_language="frozen", **trained))
+    samples, tiles = random_samples([(9, False)])
+    for policy in EVERY:
+        model.use_activation_policy(policy)
+        loss = model(packs_of(samples, tiles)[0][1], SEED)
+        with torch.no_grad():
+            assert torch.equal(loss, model(packs_of(samples, tiles)[0][1], SEED))
+        loss.backward()
+        assert not any(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
 def test_a_policy_as_text_and_data() -> None:
     assert MIXED.describe() == (
         "language: keep_input x 1, recompute_mlp x 1, save_all x 1; "

@@ -1,6 +1,7 @@
-"""Loads a model in a process of its own and prints the most anonymous memory that it took, beyond what torch takes.
+"""Loads models, one after another, in a process of its own. Prints a line of JSON for each: the most anonymous memory
+that loading took, beyond what was there before.
 
-    python -m tests.engine.loading.load_peak FOLDER
+    python -m tests.engine.loading.load_peak FOLDER ...
 
 RssAnon of /proc/self/status, asked for every few milliseconds by a thread, is what cannot be dropped: heap, and pages
 of mapped files that were written to. Pages that are only mapped (RssFile) are the page cache's and may go at any time,
@@ -10,6 +11,7 @@ than what a core writes in that time, which is within the tolerance of the test.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import threading
@@ -25,6 +27,7 @@ from engine.config import Config, Model
 from engine.demo.cache import demo_base
 from engine.loading.cache import cache_of
 from models.weights.clip import open_vision
+from models.weights.host_memory import trim_heap
 from models.weights.language import open_language
 
 SECONDS = 0.002
@@ -68,9 +71,10 @@ def load(folder: str | Path) -> tuple[nn.Module, bool]:
     return build_model(config, sources, device=torch.device("cpu"), dtype=torch.bfloat16), cached
 
 
-def main(folder: str) -> None:
-    torch.set_num_threads(1)
-    load(demo_base())  # what torch imports and allocates on first use is not the model's
+def measure(folder: str) -> dict[str, float]:
+    """Bytes at most while `folder` is loaded, and of the model that comes of it."""
+    gc.collect()
+    trim_heap()  # nothing that the last model left behind is there to be filled anew unseen
     before = {kind: memory(kind) for kind in ("RssAnon", "RssFile")}
     started = time.perf_counter()
     with Peak() as peak:
@@ -78,7 +82,14 @@ def main(folder: str) -> None:
     seconds = time.perf_counter() - started
     stored = sum(p.nbytes for p in model.parameters())
     taken = {kind: peak.most[kind] - before[kind] for kind in before}
-    print(json.dumps({**taken, "stored": stored, "seconds": seconds, "cached": cached}))
+    return {**taken, "stored": stored, "seconds": seconds, "cached": cached}
+
+
+def main(*folders: str) -> None:
+    torch.set_num_threads(1)
+    load(demo_base())  # what torch imports and allocates on first use is not the model's
+    for folder in folders:
+        print(json.dumps(measure(folder)))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ import fcntl
 import json
 import logging
 import os
+import resource
 import shutil
+import signal
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,13 +18,19 @@ from typing import Any, cast
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.build import Sources, build_model
 from engine.config import Config, Legacy, Model
 from engine.demo.base import fresh_base, write_base
+from engine.loading.cache import FORMAT, _crc, _header_crc, joined, manifest_crc
 from engine.tensor_file import TensorWriter
+from kernels.int8 import quantize_int8
+from kernels.nf4 import quantize_nf4
+from models.quantized import parts
 from models.vlm import VisionLanguageModel
+from models.weights import archive
 from models.weights.clip import open_vision
 from models.weights.language import open_language
 from tests.world import TOWER, language_config
@@ -55,6 +63,11 @@ def sources(base: Path, *, readable: bool = True) -> Sources:
     if readable:
         return opened
     return replace(opened, language=replace(opened.language, fetch=refuse), vision=replace(opened.vision, fetch=refuse))
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Without what is merely noted, which other tests' runs may have switched on."""
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def configuration(base: Path, bits: str = "4bit", head: str = "16bit", vision: str = "16bit") -> Config:
@@ -165,6 +178,27 @@ def edit_manifest(cache: Path) -> None:
     (cache / "manifest.json").write_text(json.dumps(manifest))
 
 
+def forge(change: Callable[[dict[str, Tensor], dict[str, Any]], object]) -> Callable[[Path], None]:
+    """A cache that is what was written, as all its checksums say, and does not fit the model: another writer's."""
+
+    def damage(cache: Path) -> None:
+        manifest = json.loads((cache / "manifest.json").read_text())
+        tensors = load_file(weights_file(cache))
+        del manifest["crc32"]
+        change(tensors, manifest["weights"])
+        save_file(tensors, weights_file(cache))
+        for name, entry in manifest["weights"].items():
+            entry["crc32"] |= {
+                part: _crc(tensors[joined(name, part)]) for part in entry["crc32"] if joined(name, part) in tensors
+            }
+        manifest |= {"bytes": weights_file(cache).stat().st_size, "header": _header_crc(weights_file(cache))}
+        manifest["crc32"] = manifest_crc(manifest)
+        (cache / "manifest.json").write_text(json.dumps(manifest))
+
+    return damage
+
+
+Q = "language.layers.0.attention.q.weight"
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "cut": cut,
     "flipped in the header": flip(0.0005),
@@ -175,6 +209,13 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "half a manifest": lambda cache: os.truncate(cache / "manifest.json", 100),
     "a manifest of no mapping": lambda cache: (cache / "manifest.json").write_text("[]"),
     "an edited manifest": edit_manifest,
+    "a manifest without a bottom": lambda cache: (cache / "manifest.json").write_text("[" * 100_000),
+    "codes of a smaller weight": forge(lambda tensors, _: tensors.update({f"{Q}.codes": tensors[f"{Q}.codes"][:9]})),
+    "scales in 16 bits": forge(lambda tensors, _: tensors.update({f"{Q}.absmax2": tensors[f"{Q}.absmax2"].half()})),
+    "a tensor that is not there": forge(lambda tensors, _: tensors.pop(f"{Q}.offset")),
+    "a weight without parts": forge(lambda _, weights: weights[Q].update(crc32={})),
+    "a weight of another dtype": forge(lambda _, weights: weights[Q].update(dtype="load")),
+    "a weight too many": forge(lambda _, weights: weights.update({"language.more.weight": weights[Q]})),
 }
 
 
@@ -188,9 +229,9 @@ def test_a_damaged_cache_is_said_and_made_again(
     caplog.clear()
     with caplog.at_level(logging.WARNING, "nibble"):
         assert_same(build(config, sources(base), is_main=False), expected)
-        assert caplog.messages == []  # the main rank says it
+        assert warnings_of(caplog) == []  # the main rank says it
         assert_same(build(config, sources(base)), expected)
-    (message,) = caplog.messages
+    (message,) = warnings_of(caplog)
     assert "damaged" in message and str(folder(kept)) in message
     assert_same(build(config, sources(base, readable=False)), expected)
 
@@ -201,7 +242,7 @@ def test_a_full_disk_is_said_beforehand(
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1 << 40, 1 << 40, 500_000_000))
     build(configuration(base), sources(base))
-    (message,) = caplog.messages
+    (message,) = warnings_of(caplog)
     assert "0.50 GB are free" in message and "0.57 GB are missing" in message
     assert [path.name for path in kept.iterdir()] == [".lock"]
 
@@ -223,6 +264,84 @@ def test_a_disk_that_fails_on_the_way_costs_the_cache_and_not_the_run(
     assert_same(build(configuration(base), sources(base)), expected)
     assert "No space left on device" in caplog.text
     assert [path.name for path in kept.iterdir()] == [".lock"] and len(written) == 6
+
+
+def test_a_disk_that_is_full_on_the_way_costs_the_cache_and_not_the_run(
+    base: Path, kept: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As above, from the system: whatever still lies in a buffer is refused once more when the file is closed."""
+    expected = build(configuration(base), sources(base), is_main=False)
+    limit, signal_was = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        for size in (1_000, 20_000, 60_000):  # in the header, after the first tensors, in the middle
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+            caplog.clear()
+            assert_same(build(configuration(base), sources(base)), expected)
+            assert os.strerror(errno.EFBIG) in caplog.text
+            assert [path.name for path in kept.iterdir()] == [".lock"]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, signal_was)
+
+
+def test_a_place_that_may_not_be_entered_costs_the_cache_and_not_the_run(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A name that is too long is refused as a closed folder is, also for root."""
+    expected = build(configuration(base), sources(base), is_main=False)
+    monkeypatch.setenv("NIBBLE_CACHE", str(tmp_path / ("n" * 300)))
+    assert_same(build(configuration(base), sources(base)), expected)
+    assert "not kept" in caplog.text
+
+
+def test_a_cache_that_may_not_be_read_is_said_and_left_alone(
+    base: Path, kept: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = build(configuration(base), sources(base))
+    inside = {path.name for path in folder(kept).iterdir()}
+    read = Path.read_bytes
+
+    def refuses(path: Path) -> bytes:
+        if path.name == "manifest.json":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return read(path)
+
+    with monkeypatch.context() as closed:
+        closed.setattr(Path, "read_bytes", refuses)
+        assert_same(build(configuration(base), sources(base)), expected)
+    (message,) = warnings_of(caplog)
+    assert "cannot be read" in message and "Permission denied" in message
+    assert {path.name for path in folder(kept).iterdir()} == inside
+    assert_same(build(configuration(base), sources(base, readable=False)), expected)
+
+
+def test_a_cache_that_goes_while_it_is_opened_is_no_error(
+    base: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where rank 0 takes a damaged one away: safetensors reads the header, then has torch map the file by name."""
+    expected = build(configuration(base), sources(base))
+    real = archive.safe_open
+
+    def late(path: Path, **options: Any) -> Any:
+        file = real(path, **options)
+        if path.parent == folder(kept):
+            raise RuntimeError(f"unable to open file <{path}> in read-only mode: No such file or directory (2)")
+        return file
+
+    monkeypatch.setattr(archive, "safe_open", late)
+    assert_same(build(configuration(base), sources(base), is_main=False), expected)
+
+
+def test_another_rule_of_quantizing_needs_another_format() -> None:
+    """What these values become, in FORMAT 1. Whoever changes the rule, or the layout of the parts, also changes FORMAT:
+    caches of the older rule would be read on. All sums are exact, so they are the same in every order."""
+    i = torch.arange(128 * 129)
+    weight = (((i * 7919) % 1009 - 504) * (1 + (i // 64) % 7)).div(4096).view(128, 129).half()
+    found = [{part: _crc(t) for part, t in parts(q).items()} for q in (quantize_nf4(weight), quantize_int8(weight))]
+    assert (FORMAT, found) == (1, [
+        {"codes": 1226211407, "absmax_codes": 2555938530, "absmax2": 3677950420, "offset": 1300223025},
+        {"codes": 2531155106, "scale": 1808423479},
+    ])  # fmt: skip
 
 
 def test_what_a_killed_writer_left_is_swept_and_a_failed_load_leaves_nothing(base: Path, kept: Path) -> None:

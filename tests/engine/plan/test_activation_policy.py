@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -82,6 +83,47 @@ def test_the_order_within_a_stage_matters_and_is_the_best() -> None:
     assert peak_and_seconds([layers], [("save_all", "keep_input")], 20) == (40, 1.0)
 
 
+@pytest.mark.parametrize("forward", [False, True])
+def test_what_is_handed_on_and_a_dearer_last_layer_count_exactly(forward: bool) -> None:
+    """The peak is that of a walk through the layers; without what forward passes need it is the best of all orders."""
+    rng = np.random.default_rng(5)
+    for size in [(3, 3), (1, 4), (4, 1), (0, 2)] * 15:
+        stages = []
+        for count in size:
+            stage, dearer = random_stage(rng, count, plausible=True), int(rng.integers(0, 12))
+            choices = {
+                policy: replace(
+                    choice, peak=choice.peak + dearer, inner=choice.peak, handed=forward * int(rng.integers(0, 9)),
+                    forward=forward * (choice.saved + int(rng.integers(0, 60))),
+                )
+                for policy, choice in stage.choices.items()
+            }  # fmt: skip
+            stages.append(Layers(count, choices, forward * int(rng.integers(0, 9))))
+        every: dict[tuple[tuple[Policy, ...], ...], int] = {}
+        for policies in assignments(stages):
+            first, second = (stage.saved(chosen) for stage, chosen in zip(stages, policies, strict=True))
+            in_second = first + stages[1].peak(policies[1])
+            every[policies] = max(stages[0].peak(policies[0]), in_second, first + second + 30)
+        for budget in (0, *rng.choice(list(every.values()), 3).tolist()):
+            found = solve(stages, 30, budget)
+            assert found.peak == every[found.policies]
+            assert found.fits == (found.peak <= budget)
+            if not forward:
+                assert found.fits == (min(every.values()) <= budget)
+        if not forward:
+            assert solve(stages, 30, 0).peak == min(every.values())
+
+
+def test_equal_times_are_equal_on_every_machine() -> None:
+    """0.1 + 0.2 is not 0.3 in floating point; of two choices that take as long, that of the lower peak is taken."""
+    first = Layers(1, {"save_all": Choice(0, 9, 0.1), "keep_input": Choice(0, 5, 0.3)})
+    second = Layers(1, {"save_all": Choice(0, 9, 0.2), "keep_input": Choice(0, 5, 0.0)})
+    found = solve([first, second], 0, 9)
+    assert found.policies == (("save_all",), ("keep_input",)) and found.seconds == 0.1
+    third = Layers(1, {"save_all": Choice(0, 9, 0.1 + 0.2), "keep_input": Choice(0, 5, 0.3)})
+    assert solve([third], 0, 9).policies == (("keep_input",),)
+
+
 def test_a_sufficient_budget_recomputes_nothing_and_none_at_all_is_said() -> None:
     layers = Layers(
         5, {"save_all": Choice(10, 15, 0.0), "recompute_mlp": Choice(6, 15, 1.0), "keep_input": Choice(1, 15, 2.0)}
@@ -115,3 +157,11 @@ def test_the_choice_is_the_same_each_time_and_quick() -> None:
     found = [solve([tower, language], 10**9, budget) for budget in (5 * 10**9, 5 * 10**9, 10**10)]
     assert (time.perf_counter() - start) / 3 < 0.3
     assert found[0] == found[1] and found[0].fits and found[0].seconds > found[2].seconds > 0
+
+
+def test_where_nothing_is_gained_everything_is_kept() -> None:
+    """A frozen tower keeps nothing, whatever its policy is called: the one that is printed is the plain one."""
+    frozen = Layers(4, {policy: Choice(0, 30, 0.0) for policy in reversed(POLICIES)})
+    trained = Layers(2, {"save_all": Choice(20, 25, 0.0), "keep_input": Choice(5, 40, 1.0)})
+    for budget in (0, 60, 1000):
+        assert solve([frozen, trained], 10, budget).policies[0] == ("save_all",) * 4

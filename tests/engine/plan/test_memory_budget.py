@@ -1,37 +1,47 @@
-"""What is free for a pass, and what is made of it."""
+"""What is free for a pass, and what is made of it: the same by a plan and by a run."""
 
 from __future__ import annotations
 
-import logging
-from types import SimpleNamespace
-from typing import NoReturn, cast
+from typing import Any, NoReturn
 
 import pytest
 import torch
 
 from engine.config import Config
-from engine.optim import Optimizer
-from engine.plan import memory_budget
-from engine.plan.accounting import costs
+from engine.data.packing import plan_packs
+from engine.data.planning import MODALITY_ROWS, round_up
+from engine.plan import accounting, memory_budget
 from engine.plan.cards import CARDS
-from engine.plan.memory_budget import CONTEXT_BYTES, RESERVE, card_of, choose, free_bytes, largest_pack, resident_bytes
-from engine.plan.meta_model import Bits
-from engine.trainer import Trainer
+from engine.plan.memory_budget import (
+    CONTEXT_BYTES,
+    RESERVE,
+    card_of,
+    choose,
+    counted,
+    device_memory,
+    free_bytes,
+    largest_pack,
+)
+from engine.plan.unpacked_memory import asked_for, least_scratch, share_of
+from engine.plan.verdict import Planner
 from models.recompute import ActivationPolicy
 from models.vlm import VisionLanguageModel
 from tests.models.tiny import tiny_config, tiny_model
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 GIB = 2**30
+H200 = CARDS[-1]
+FP32 = torch.float32
 
 
-def a_config(**top: str | bool) -> Config:
-    config = Config(bits="16bit", **top)  # type: ignore[arg-type]
-    config.runtime.tokens_per_batch = config.dataset.max_seq_len = 256
+def a_config(bits: str = "16bit", **top: str | bool) -> Config:
+    config = Config(bits=bits, **top)  # type: ignore[arg-type]
+    config.runtime.tokens_per_batch = 384
+    config.dataset.max_seq_len = 256
     return config
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model() -> VisionLanguageModel:
     return tiny_model(tiny_config())
 
@@ -46,59 +56,122 @@ def uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("uncounted")
 def test_without_a_limit_and_with_the_flag_nothing_is_counted(model: VisionLanguageModel) -> None:
-    free = choose(a_config(), model, None, CPU, torch.float32)
+    free = choose(a_config(), model, None, None, FP32)
     assert free.policy == ActivationPolicy.uniform("save_all", 3, 6) and free.spare == 0
     for limit in (None, 0, 10**12):
-        least = choose(a_config(gradient_checkpointing=True), model, limit, CPU, torch.float32)
+        least = choose(a_config(gradient_checkpointing=True), model, limit, None, FP32)
         assert least.policy == ActivationPolicy.uniform("keep_input", 3, 6)
         assert (least.spare, least.why) == (0, "--gradient_checkpointing")
 
 
-def test_what_is_kept_grows_with_what_is_free(
-    model: VisionLanguageModel, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("card", [None, H200])
+def test_what_is_kept_grows_with_what_is_free(model: VisionLanguageModel, card: Any) -> None:
     config = a_config()
-    counted = costs(model.config, Bits(16, 16, 16), largest_pack(config), torch.float32, memory_budget.HOST)
-    monkeypatch.setattr(memory_budget, "costs", lambda *_, **__: counted)  # once is enough
-    base = counted.inputs + counted.buffers
-    everything, leanest = (
-        ActivationPolicy.uniform(policy, 3, 6) for policy in ("save_all", "keep_input")  # type: ignore[arg-type]
-    )  # fmt: skip
-    most, least = counted.peak(everything), counted.peak(leanest)
+    found = counted(config, model, FP32, on_cuda=card is not None)
+    base = found.inputs + found.buffers
+    everything, leanest = (ActivationPolicy.uniform("save_all", 3, 6), ActivationPolicy.uniform("keep_input", 3, 6))
+    most, least = found.peak(everything), found.peak(leanest)
     assert most > least
     kept = []
     for free in (least, (least + most) // 2, most - 1, most, most + 1000):
-        choice = choose(config, model, base + free, CPU, torch.float32)
-        peak = counted.peak(choice.policy)
-        assert peak <= free and choice.spare == free - peak
-        kept.append(sum(counted.saved(choice.policy)))
+        choice = choose(config, model, base + free, card, FP32)
+        peak = found.peak(choice.policy)
+        assert choice.fits and peak <= free and choice.spare == free - peak
+        kept.append(sum(found.saved(choice.policy)))
         assert ("of recomputation" in choice.why) == (choice.policy != everything)
-    assert kept == sorted(kept) and kept[2] < kept[3] == sum(counted.saved(everything))
-    assert not caplog.records
-    with caplog.at_level(logging.WARNING):
-        assert choose(config, model, base, CPU, torch.float32).spare == 0
-    assert "expect to run out of memory" in caplog.text
+    assert kept == sorted(kept) and kept[2] < kept[3] == sum(found.saved(everything))
+    nothing = choose(config, model, base, card, FP32)
+    assert (nothing.fits, nothing.spare) == (False, 0)
 
 
-def test_the_largest_pack() -> None:
+def test_a_pack_is_counted_once_for_every_card_and_for_plan_and_run(
+    model: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models: list[VisionLanguageModel] = []
+    real = accounting.cut_down
+
+    def cut_down(*arguments: Any) -> VisionLanguageModel:
+        models.append(real(*arguments))
+        return models[-1]
+
+    monkeypatch.setattr(accounting, "cut_down", cut_down)
+    config = a_config(bits="4bit")
+    config.runtime.tokens_per_batch = 896  # which no other test counts
+    planner = Planner(model.config, num_ranks=1, dtype=FP32, on_cuda=True)
+    for card in CARDS:
+        planner.on(config, card)
+        choose(config, model, 10**9, card, FP32)
+    assert len(models) == 1
+
+
+@pytest.mark.parametrize("on_cuda", [True, False])
+def test_a_plan_chooses_as_a_run_does_with_a_budget(model: VisionLanguageModel, on_cuda: bool) -> None:
+    """The run has what the plan takes to be there; the budget is one at which layers differ."""
+    planner = Planner(model.config, num_ranks=1, dtype=FP32, on_cuda=on_cuda)
+    resident = sum(planner.fixed(a_config()).values())
+    found = counted(a_config(), model, FP32, on_cuda=on_cuda)
+    ends = [ActivationPolicy.uniform("save_all", 3, 6), ActivationPolicy.uniform("keep_input", 3, 6)]
+    most, least = map(found.peak, ends)
+    between = (most + least) // 2 + found.inputs + found.buffers
+    config = a_config(memory_budget=f"{(resident + between / (1 - RESERVE * on_cuda)) / 10**6:.6f}MB")
+    free = free_bytes(config, resident, H200.memory if on_cuda else None)
+    ran = choose(config, model, free, H200 if on_cuda else None, FP32)
+    assert ran.policy not in ends
+    assert planner.on(config, H200).policy == ran.policy
+
+
+def test_what_is_asked_for_copies_is_not_there_for_activations(model: VisionLanguageModel) -> None:
+    config = a_config(bits="4bit")
+    found = counted(config, model, FP32, on_cuda=True)
+    everything = ActivationPolicy.uniform("save_all", 3, 6)
+    free = found.peak(everything) + found.inputs + found.buffers
+    assert choose(config, model, free, H200, FP32).policy == everything
+    layer = 4 * (4 * 32 * 32 + 3 * 32 * 128)  # groups are aligned
+    config.runtime.unpacked_memory = f"{layer / 10**6:.6f}MB"
+    asked = asked_for(config, model.language, 4, on_cuda=True)
+    assert 0 < asked <= layer
+    lean = choose(config, model, free, H200, FP32)
+    assert found.peak(lean.policy) + asked <= found.peak(everything)
+    model.use_activation_policy(lean.policy)
+    share = share_of(config, model.language, 4, on_cuda=True)
+    assert share is not None
+    taken = share.scratch + share.copies - least_scratch(config, model.language, 4, on_cuda=True)
+    assert 0 < taken <= asked
+    model.use_activation_policy(everything)
+
+
+@pytest.mark.parametrize(
+    ("asked", "longest", "samples", "tokens", "tiles"),
+    [
+        (2048, 512, 32, 2048, 8), (2100, 512, 32, 2048, 8), (512, 512, 32, 640, 2), (128, 700, 32, 768, 2),
+        (65536, 512, 32, 16384, 32), (8192, 512, 3, 1536, 4), (2048, 512, 1, 640, 2),
+    ],
+)  # fmt: skip
+def test_the_largest_pack(asked: int, longest: int, samples: int, tokens: int, tiles: int) -> None:
     config = Config()
+    config.runtime.tokens_per_batch, config.dataset.max_seq_len, config.optim.batch_size = asked, longest, samples
     pack = largest_pack(config)
-    assert (pack.tokens, pack.supervised, pack.tiles, pack.longest) == (2048, 2048, 8, 512)
-    config.runtime.tokens_per_batch, config.dataset.max_seq_len = 128, 700
-    pack = largest_pack(config)
-    assert (pack.tokens, pack.supervised, pack.tiles, pack.longest) == (768, 768, 2, 700)
+    assert (pack.supervised, pack.longest) == (pack.tokens, longest)
+    assert (pack.tokens, pack.tiles) == (tokens, tiles)
 
 
-def test_what_is_resident_is_each_memory_once(model: VisionLanguageModel) -> None:
-    weights = sum(p.nbytes for p in model.parameters())
-    assert resident_bytes(model, {}) == weights
-    optimizer = Optimizer(model.named_parameters(), weight_decay=0.0)
-    trained = sum(p.nbytes for p in model.trainable().values())
-    with_state = resident_bytes(model, optimizer.state_tensors())
-    assert weights + 3 * trained <= with_state < 1.1 * (weights + 3 * trained)  # gradient, two moments, alignment
-    trainer = cast(Trainer, SimpleNamespace(model=model, optimizer=optimizer))
-    assert free_bytes(Config(), trainer, CPU) is None
-    assert free_bytes(Config(memory_budget="1GB"), trainer, CPU) == 10**9 - with_state
+def test_lavins_chat_data_are_as_long_as_it_cuts_them() -> None:
+    config = Config()
+    config.dataset.max_seq_len, config.runtime.tokens_per_batch, config.legacy.chat_length = 128, 128, True
+    assert largest_pack(config).tokens == 256
+    config.dataset.format = "chat"
+    assert (largest_pack(config).tokens, largest_pack(config).longest) == (640, 512)
+
+
+@pytest.mark.parametrize("asked", [300, 512, 1000, 4096, 10**5])
+def test_no_pack_of_a_step_is_larger(asked: int) -> None:
+    config = Config()
+    config.runtime.tokens_per_batch = asked
+    samples = config.optim.samples_per_step(1)
+    for length in (config.dataset.max_seq_len - 1, 60, 200):
+        packs = plan_packs([length] * samples, asked, tiles=[1] * samples)
+        assert max(round_up(MODALITY_ROWS + length * len(pack)) for pack in packs) <= largest_pack(config).tokens
+        assert max(map(len, packs)) <= largest_pack(config).tiles
 
 
 def test_a_gpu_gives_what_is_free_and_no_more_than_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,11 +179,16 @@ def test_a_gpu_gives_what_is_free_and_no_more_than_was_asked_for(monkeypatch: py
         ("mem_get_info", (10 * GIB, 24 * GIB)), ("memory_allocated", 6 * GIB), ("memory_reserved", 7 * GIB),
     ):  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
-    trainer = cast(Trainer, None)
-    assert free_bytes(Config(), trainer, CUDA) == int(11 * GIB * (1 - RESERVE))
+    memory = device_memory(CUDA)
+    assert free_bytes(Config(), *memory) == int(11 * GIB * (1 - RESERVE))
     asked = 9 * GIB - CONTEXT_BYTES - 6 * GIB
-    assert free_bytes(Config(memory_budget="9GiB"), trainer, CUDA) == int(asked * (1 - RESERVE))
-    assert free_bytes(Config(memory_budget="24GiB"), trainer, CUDA) == int(11 * GIB * (1 - RESERVE))
+    assert free_bytes(Config(memory_budget="9GiB"), *memory) == int(asked * (1 - RESERVE))
+    assert free_bytes(Config(memory_budget="24GiB"), *memory) == int(11 * GIB * (1 - RESERVE))
+
+
+def test_a_cpu_has_no_limit_but_the_one_that_is_asked_for() -> None:
+    assert free_bytes(Config(), 5, None) is None
+    assert free_bytes(Config(memory_budget="1GB"), 5, None) == 10**9 - 5
 
 
 @pytest.mark.parametrize(
@@ -123,4 +201,6 @@ def test_a_gpu_gives_what_is_free_and_no_more_than_was_asked_for(monkeypatch: py
 def test_the_card_that_runs(monkeypatch: pytest.MonkeyPatch, name: str, capability: tuple[int, int], card: str) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    assert card_of(CUDA) in CARDS and card_of(CUDA).name == card
+    found = card_of(CUDA)
+    assert found in CARDS and found is not None and found.name == card
+    assert card_of(CPU) is None
