@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.peers import empty_linear4bit
 from benchmarks.problem import normal, seeded
 from benchmarks.trainers import BETAS, LR, WEIGHT_DECAY, pinned
 from benchmarks.workload import Workload
@@ -145,11 +146,7 @@ def _base(config: LlamaConfig, device: torch.device, dtype: torch.dtype) -> Any:
 
 def _linear4bit(weight: Tensor, dtype: torch.dtype) -> nn.Module:
     modules: Any = importlib.import_module("bitsandbytes.nn")
-    with torch.device("meta"):
-        layer = modules.Linear4bit(
-            weight.shape[1], weight.shape[0], bias=False, compute_dtype=dtype, compress_statistics=True,
-            quant_type="nf4",
-        )  # fmt: skip
+    layer: Any = empty_linear4bit(weight.shape[0], weight.shape[1], dtype)
     stored = modules.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True, module=layer)
     layer.weight = stored.to(weight.device)  # quantises
     layer.quant_state = layer.weight.quant_state

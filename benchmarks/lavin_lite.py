@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.peers import empty_linear4bit
 from benchmarks.trainers import BETAS, LR, WEIGHT_DECAY, pinned
 from benchmarks.workload import Workload
 from engine.data.sample import IGNORE
@@ -341,11 +342,7 @@ def linear(layer: Linear, dtype: torch.dtype) -> nn.Module:
 def linear4bit(weight: NF4Tensor, dtype: torch.dtype) -> nn.Module:
     """bitsandbytes' module over the memory of `weight`, computing in `dtype`."""
     modules: Any = importlib.import_module("bitsandbytes.nn")
-    with torch.device("meta"):
-        layer = modules.Linear4bit(
-            weight.shape[1], weight.shape[0], bias=False, compute_dtype=dtype, compress_statistics=True,
-            quant_type="nf4",
-        )  # fmt: skip
+    layer: Any = empty_linear4bit(weight.shape[0], weight.shape[1], dtype)
     codes, state = to_quant_state(replace(weight, dtype=dtype))
     layer.weight = modules.Params4bit(codes, quant_state=state, quant_type="nf4", bnb_quantized=True, module=layer)
     layer.quant_state = state

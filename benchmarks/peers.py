@@ -37,6 +37,16 @@ def require_csrc(call: T) -> T:
     return call
 
 
+def empty_linear4bit(rows: int, columns: int, dtype: torch.dtype) -> Any:
+    """bitsandbytes' module for a weight [rows, columns] in NF4, double quantised, that computes in `dtype`; the weight,
+    a Params4bit, and its `quant_state` are still to be set."""
+    modules: Any = importlib.import_module("bitsandbytes.nn")
+    with torch.device("meta"):
+        return modules.Linear4bit(
+            columns, rows, bias=False, compute_dtype=dtype, compress_statistics=True, quant_type="nf4"
+        )
+
+
 def bitsandbytes_linear(q: NF4Tensor) -> Callable[[Tensor], Tensor]:
     """Linear4bit's product, without the module around it."""
     bitsandbytes: Any = importlib.import_module("bitsandbytes")

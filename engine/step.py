@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -17,6 +17,7 @@ from engine.errors import NotFinite
 from engine.graphs import Passes
 from engine.optim import Optimizer
 from engine.scaler import LossScaler
+from kernels import unpacked
 from models.pack import Pack
 
 logger = logging.getLogger("nibble")
@@ -52,8 +53,9 @@ def train_step(
     """Runs the packs of this rank and updates the weights once.
 
     The update is launched before anybody knows whether loss and gradient are finite; where they are not, it changes
-    nothing. An fp16 overflow repeats the same packs with a smaller loss scale, so no sample is lost. Where CUDA graphs
-    keep memory in pieces that are too small, they are given up and the packs repeated, once.
+    nothing. An fp16 overflow repeats the same packs with a smaller loss scale, so no sample is lost. Where a pass
+    finds no memory, the packs are repeated after giving back what CUDA graphs keep, and then the unpacked copies of
+    weights: neither changes a result.
 
     Args:
         counts: numbers of this rank that are summed over ranks on the way, exact up to 2^24.
@@ -73,18 +75,18 @@ def _step(
     model: nn.Module, packs: Sequence[Pack], optimizer: Optimizer, scaler: LossScaler, ranks: Ranks, passes: Passes, *,
     step: int, seed: int, lr: float, clip_grad: float | None, counts: Sequence[float],
 ) -> StepResult:  # fmt: skip
-    may_release = passes.keeps_memory
+    may_go = _memory_that_may_go(passes)
     while True:
         totals = None
         try:
             totals = _accumulate(model, packs, scaler.scale, ranks, counts, passes, step=step, seed=seed)
         except torch.OutOfMemoryError:
-            if not may_release:
+            if not may_go:
                 raise
         if totals is None:  # the error is gone, and with it what it kept of the pass
-            may_release = False
-            logger.warning("step %d: no memory; it is repeated after giving back what is kept for passes", step)
-            passes.release()
+            what, give_back = may_go.pop(0)
+            logger.warning("step %d: no memory; it is repeated without %s", step, what)
+            give_back()
             optimizer.zero_grad()
             continue
         norm = optimizer.step(lr, scale=scaler.scale, clip_grad=clip_grad, guard=totals[0])
@@ -101,6 +103,21 @@ def _step(
         optimizer.zero_grad()
     scaler.good_step()
     return StepResult(loss=loss, grad_norm=grad_norm, counts=tuple(sums))
+
+
+def _memory_that_may_go(passes: Passes) -> list[tuple[str, Callable[[], None]]]:
+    """What a step can do without, and how it is given back."""
+
+    def give_up_copies() -> None:
+        passes.release()  # graphs read them
+        unpacked.give_up_copies()
+
+    found: list[tuple[str, Callable[[], None]]] = []
+    if passes.keeps_memory:
+        found.append(("what CUDA graphs keep", passes.release))
+    if kept := unpacked.kept_bytes():
+        found.append((f"{kept / 2**30:.2f} GiB of unpacked copies of weights", give_up_copies))
+    return found
 
 
 def _accumulate(

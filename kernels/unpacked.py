@@ -267,6 +267,17 @@ def keep(group: Sequence[Packed], dtype: torch.dtype) -> None:
     _kept[key] = copies
 
 
+def kept_bytes() -> int:
+    """Of the copies that are kept."""
+    return sum(copies.matrix.nbytes for copies in _kept.values())
+
+
+def give_up_copies() -> None:
+    """Weights whose copies were kept are unpacked at each use from now on, to the same bits. CUDA graphs that read the
+    copies must be gone."""
+    _kept.clear()
+
+
 def forget(*, memory: bool = False) -> None:
     """Every group is unpacked anew at its next use, kept ones excepted. The memory stays, but for that of captures,
     unless `memory` is given back too."""
@@ -281,7 +292,7 @@ def forget(*, memory: bool = False) -> None:
 def release() -> None:
     """Gives back all memory, that of the kept copies too."""
     forget(memory=True)
-    _kept.clear()
+    give_up_copies()
     _followers.clear()
 
 

@@ -28,7 +28,7 @@ from engine.step import StepResult, train_step
 from engine.tower_cache import FeatureTable, TowerCache
 from kernels import attention, unpacked
 from kernels.counting import counting
-from models.linear import Linear
+from models.linear import Linear, pack_of
 from models.pack import Pack, map_tensors
 from models.recompute import POLICIES, ActivationPolicy, Policy
 from models.vlm import VisionLanguageModel
@@ -306,6 +306,29 @@ def test_a_step_that_finds_no_memory_is_repeated_once(caplog: pytest.LogCaptureF
     missing["passes"] = 1
     with pytest.raises(torch.OutOfMemoryError):  # nothing would be won
         plain.step(0, step_packs(0))
+
+
+def test_copies_of_weights_are_given_up_before_a_run_ends_for_want_of_memory() -> None:
+    launched, replayed, _ = both()
+    assert isinstance(replayed.model, VisionLanguageModel)
+    block = replayed.model.language.blocks()[0]
+    for group in block.groups():
+        unpacked.keep(pack_of(group), torch.float32)
+    assert unpacked.kept_bytes() > 0
+    missing = {"passes": 0}
+
+    def fails(grad: Tensor) -> Tensor:
+        if missing["passes"]:
+            missing["passes"] -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return grad
+
+    next(p for p in replayed.optimizer.named.values() if p.ndim == 2).register_hook(fails)
+    for number, packs in enumerate(map(step_packs, (1, 1, 7, 1))):
+        missing["passes"] = 2 if number == 2 else 0  # without graphs too
+        assert replayed.step(number, packs) == launched.step(number, packs)
+        assert_same(launched, replayed)
+        assert (unpacked.kept_bytes() == 0) == (number >= 2)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
