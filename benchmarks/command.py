@@ -1,4 +1,4 @@
-"""The command line of every benchmark: python -m benchmarks.NAME [--quick] [--list] [--output DIR]."""
+"""The command line of every benchmark: python -m benchmarks.NAME [--quick] [--tiny] [--list] [--output DIR]."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import tiny
 from benchmarks.measure import QUICK, Clock, Effort, ceilings, reason
 from benchmarks.problem import Bench, Case, Yardstick
 from benchmarks.rows import Origin, Recorder, Row
-from benchmarks.session import describe, device_is_lost, measure
+from benchmarks.session import Times, describe, device_is_lost, measure
 
 RESULTS = Path(__file__).parent / "results"
 NO_GPU = 4  # exit code of an environment that cannot do it
@@ -22,6 +23,8 @@ FAILED = 1
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """What the suite and each benchmark take."""
     parser.add_argument("--quick", action="store_true", help="the goals' cases only, fewer samples, fewer peers")
+    tiny_help = "tiny sizes, on a CPU too: whether it runs, no figures"
+    parser.add_argument("--tiny", action="store_true", help=tiny_help)
     parser.add_argument("--list", action="store_true", help="show what there is and measure nothing")
     parser.add_argument(
         "--case", action="append", default=[], metavar="WORDS",
@@ -33,25 +36,31 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def main(bench: Bench | Yardstick, argv: list[str]) -> int:
-    """Measures the cases of one benchmark. Returns 0; 1 where ours failed or is wrong; 4 without a CUDA GPU."""
+    """Measures the cases of one benchmark. Returns 0; 1 where ours failed or is wrong; 4 without a CUDA GPU,
+    which --tiny does not need."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{bench.name}", description=bench.about)
     add_flags(parser)
     flags = parser.parse_args(argv)
     cases = chosen(bench, quick=flags.quick, wanted=flags.case)
     if not cases and flags.case:
         parser.error(f"no case has the words {' or '.join(map(repr, flags.case))}; --list shows those that there are")
+    if flags.tiny:
+        cases = tiny.cases(bench, cases)
     if flags.list:
         for case in cases:
             print(f"{case.name}  ({', '.join(case.modes)})")
         return 0
+    if flags.tiny:
+        return _try(bench, cases, quick=flags.quick)
     require_gpu()
     origin = describe(ceilings(), flags.commit, flags.run)
     print(f"{origin.gpu}: copy {origin.copy_gbps:.0f} GB/s, matrix product {origin.matrix_tflops:.0f} TFLOP/s")
     recorder = Recorder(flags.output, origin.run)
     clock = None if isinstance(bench, Yardstick) else Clock(QUICK if flags.quick else Effort())
+    device = current_device()
     ours_failed = False
     for case in cases:
-        for row in _rows(bench, case, clock, origin, flags.quick):
+        for row in _rows(bench, case, device, clock, origin, flags.quick):
             row = recorded(recorder, row)
             print(as_text(row), flush=True)
             ours_failed |= row.failure is not None and row.variant.startswith("nibble")
@@ -86,8 +95,26 @@ def require_gpu() -> None:
         raise SystemExit(NO_GPU)
 
 
-def _rows(bench: Bench | Yardstick, case: Case, clock: Clock | None, origin: Origin, quick: bool) -> Iterator[Row]:
-    device = torch.device("cuda", torch.cuda.current_device())  # torch's memory pools want its number
+def current_device() -> torch.device:
+    """The GPU, by its number, which torch's memory pools want; the CPU where there is none."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _try(bench: Bench | Yardstick, cases: Sequence[Case], *, quick: bool) -> int:
+    """Runs tiny cases and says what came of them. Returns the exit code."""
+    device = current_device()
+    print(f"{bench.name} at tiny sizes on {device}: whether it runs, no figures")
+    ours_failed = False
+    for case in cases:
+        for row in _rows(bench, case, device, tiny.Once(), tiny.NOWHERE, quick):
+            print(tiny.in_words(row), flush=True)
+            ours_failed |= row.failure is not None and tiny.must_run(row.variant, device)
+    return FAILED if ours_failed else 0
+
+
+def _rows(
+    bench: Bench | Yardstick, case: Case, device: torch.device, clock: Times | None, origin: Origin, quick: bool
+) -> Iterator[Row]:
     try:
         if isinstance(bench, Yardstick):
             yield from bench.rows(case, device, origin, quick)

@@ -37,6 +37,7 @@ from benchmarks.whole_steps import Entrant, Steps, measure_steps, release, told
 from benchmarks.workload import Workload, of_lengths, workload
 from engine.data.padding import pad
 from engine.data.planning import MODALITY_ROWS
+from engine.plan.memory_budget import resident_bytes
 from kernels import unpacked
 from models.language.llama import LlamaConfig
 from models.pack import Pack
@@ -120,7 +121,7 @@ def rows(case: Case, device: torch.device, origin: Origin, quick: bool) -> Itera
 
     def nibble() -> Trainer:
         require_csrc(vlm)
-        there = held_bytes(vlm)  # before the trainer, whose own memory is measured
+        there = resident_bytes(vlm, {})  # before the trainer, whose own memory is measured
         trainer = NibbleTrainer(vlm, tokens, device)
         settings.append(settle(config, vlm, case.shape["policy"], device))
         trainer.borrowed_bytes = there
@@ -190,13 +191,6 @@ def model(name: str, device: torch.device, dtype: torch.dtype) -> VisionLanguage
 
 def weights(shape: Shape, device: torch.device, dtype: torch.dtype, *, bits: int) -> VisionLanguageModel:
     return build(shape.language, shape.language.num_layers, device, tower=shape.tower, bits=bits, dtype=dtype)
-
-
-def held_bytes(vlm: VisionLanguageModel) -> int:
-    """What a model's tensors and gradients take of the device."""
-    tensors = [part for p in vlm.parameters() for part in (p, p.grad) if part is not None]
-    sizes = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
-    return sum(sizes.values())
 
 
 @contextmanager

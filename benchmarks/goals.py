@@ -61,8 +61,8 @@ LINEARS = ((4096, 4096), (11008, 4096), (4096, 11008))
 MANY_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048, 8192)
 TWENTY = grid(M=MANY_SIZES, N=(4096,), K=(4096,), parts=(1,))
 DECODE = grid(model=("7B",), layers=(32,), B=(1,), seen=(256,))
-NF4 = tuple(case_name({"N": n, "K": k}) for n, k in ((4096, 4096), (11008, 4096), (4096, 11008), (13824, 5120)))
 PACKING = grid(model=("7B",), T=(2048, 4096, 8192))
+NF4 = tuple(case_name({"N": n, "K": k}) for n, k in ((4096, 4096), (11008, 4096), (4096, 11008), (13824, 5120)))
 
 
 def linears(*tokens: int) -> tuple[str, ...]:
@@ -73,6 +73,11 @@ def overlapped(tokens: int, bound: float) -> Condition:
     cases = tuple(case_name({"M": tokens, "N": n, "K": k}) for n, k in LINEARS)
     name = f"cuBLAS at {tokens:,}, overlapped"
     return at_most("linear_nf4_chain", "forward", cases, "cublas", bound, name, ours="nibble_overlap")
+
+
+def packed(tokens: int, bound: float) -> Condition:
+    label, case = f"tokens of those computed at {tokens:,}", grid(model=("7B",), T=(tokens,))
+    return Condition(label, "packing", "step", case, ">=", bound, field="efficiency")
 
 
 def layer(tokens: int) -> tuple[str, ...]:
@@ -314,10 +319,12 @@ GOALS = (
     ),
     Goal(
         "G19",
-        "packing efficiency >= 98 % of the token budget, mask-exact against the unpacked loss (relative difference <= "
-        "1e-3 in bf16)",
+        "packing efficiency >= 96 % of the token budget at 2,048 tokens, 97.5 % at 4,096, 98 % at 8,192; mask-exact "
+        "against the unpacked loss (relative difference <= 1e-3 in bf16)",
         (
-            Condition("tokens of those computed", "packing", "step", PACKING, ">=", 0.98, field="efficiency"),
+            packed(2048, 0.96),
+            packed(4096, 0.975),
+            packed(8192, 0.98),
             Condition("relative difference of the loss", "packing", "step", PACKING, "<=", 1e-3, field="error"),
         ),
     ),

@@ -75,12 +75,12 @@ def rows(case: Case, device: torch.device, origin: Origin, quick: bool) -> Itera
         yield new_row(case, "noise", str(dtype).removeprefix("torch."), origin, "bitsandbytes")(failure=why)
         return
     ours, seconds = train(NibbleTrainer(vlm, case.shape["T"], device, lr=LR), works)
-    for name, times, error, package in (
-        ("nibble", seconds, distance(ours, curves), None),
-        ("noise", spent, noise(curves), "bitsandbytes"),
+    for name, times, losses, error, package in (
+        ("nibble", seconds, ours, distance(ours, curves), None),
+        ("noise", spent, [loss for curve in curves for loss in curve], noise(curves), "bitsandbytes"),
     ):
         row = new_row(case, name, str(dtype).removeprefix("torch."), origin, package)
-        yield row("step", **timing(times), error=error)
+        yield row("step", **timing(times), loss=statistics.mean(losses), error=error)
     release(device)
 
 

@@ -31,6 +31,7 @@ Written by `python -m benchmarks.report` from the rows in `results/`; do not edi
 
     python -m benchmarks.suite              csrc, GPU tests, kernels, whole steps; rows go to benchmarks/results
     python -m benchmarks.suite --quick      the goals' cases only, what matters most first, for 8 minutes at most
+    python -m benchmarks.suite --tiny       tiny sizes, on a CPU too: whether it runs, no figures
     python -m benchmarks.rms_norm           one benchmark alone; --list shows its cases, --case WORDS takes some
     python -m benchmarks.report             this file again, with the new rows
 

@@ -67,8 +67,9 @@ class Row:
     host_us: float | None = None  # of one call until it returns
     waits: bool | None = None  # the host waits for the device within the call
     error: float | None = None  # ||x - reference|| / ||reference||, the worst of all results and gradients
-    # of whole optimiser steps (end_to_end, packing)
+    # of whole optimiser steps (end_to_end, packing, parity)
     samples_per_s: float | None = None
+    loss: float | None = None  # mean of the steps
     tokens_per_s: float | None = None  # real ones: no padding, no modality tokens
     allocated_bytes: int | None = None  # the most that torch's allocator gave at once
     device_bytes: int | None = None  # the most taken of the device: reserved memory, CUDA context, libraries

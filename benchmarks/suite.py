@@ -1,10 +1,11 @@
 """Everything that needs a GPU, as one command: csrc is built, kernels tested, timed beside their peers, whole steps.
 
-    python -m benchmarks.suite [--quick] [--only NAME ...] [--case WORDS] [--seconds N] [--list] [--output DIR]
+    python -m benchmarks.suite [--quick] [--tiny] [--only NAME ...] [--case WORDS] [--seconds N] [--list] [--output DIR]
 
 Each part runs in a process of its own, so that one that fails, or takes the device down, does not stop the others. What
 the whole project is for comes first, so that it is there when the time is over.
-Exit code 0; 1 where a part failed or was not reached in time; 4 without a CUDA GPU.
+With --tiny no GPU is needed, kernels' tests are left to pytest, and no rows are written.
+Exit code 0; 1 where a part failed or was not reached in time; 4 without a CUDA GPU, where one is needed.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seconds", type=float, metavar="N", help=limit_help)
     flags = parser.parse_args(argv)
     wanted = {part for name in flags.only or PARTS for part in GROUPS.get(name, (name,))}
-    parts = [name for name in PARTS if name in wanted]
+    parts = [name for name in PARTS if name in wanted and not (flags.tiny and name == "tests")]
     without = [
         name for name in parts
         if flags.case and name not in BEFORE and not chosen(part(name), quick=flags.quick, wanted=flags.case)
@@ -79,17 +80,21 @@ def main(argv: list[str]) -> int:
         for name in parts:
             print(f"{name:<22} {_about(name)}")
         return 0
-    require_gpu()
-    run = flags.run or new_run(flags.commit)
-    passed_on = ["--output", str(flags.output.resolve()), "--run", run]
-    passed_on += ["--commit", flags.commit] if flags.commit else []
+    if flags.tiny:
+        run, passed_on = "", ["--tiny"]
+    else:
+        require_gpu()
+        run = flags.run or new_run(flags.commit)
+        passed_on = ["--output", str(flags.output.resolve()), "--run", run]
+        passed_on += ["--commit", flags.commit] if flags.commit else []
     passed_on += [word for text in flags.case for word in ("--case", text)]
     passed_on += ["--quick"] if flags.quick else []
     seconds = QUICK_SECONDS if flags.seconds is None and flags.quick else flags.seconds
     deadline = None if seconds is None else time.monotonic() + seconds
     outcomes = [_run(name, passed_on, deadline, quick=flags.quick) for name in parts]
     print("\n" + "\n".join(f"{o.part:<22} {o.seconds:6.1f} s  {o.problem or 'ok'}" for o in outcomes))
-    print(f"rows in {flags.output / run}.jsonl; python -m benchmarks.report makes tables of them")
+    if not flags.tiny:
+        print(f"rows in {flags.output / run}.jsonl; python -m benchmarks.report makes tables of them")
     return FAILED if any(o.problem for o in outcomes) else 0
 
 

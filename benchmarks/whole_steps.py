@@ -59,6 +59,7 @@ class Steps:
     def fields(self) -> dict[str, Any]:
         """Of a row."""
         return timing(self.seconds) | {
+            "loss": statistics.mean(self.losses),
             "allocated_bytes": self.allocated_bytes, "device_bytes": self.device_bytes, "idle": self.idle,
             "busy_ms": self.busy_ms, "syncs": self.syncs, "launches": self.launches,
         }  # fmt: skip

@@ -135,9 +135,12 @@ def _check_memory(config: Config | EvalConfig | ChatConfig) -> None:
         try:
             size = parse_size(text)
         except ValueError as error:
-            raise UsageError(f"{path} is {text!r}", where=f"--{path}", why=str(error)) from error
+            also = "it is auto, or " if path == "runtime.unpacked_memory" else ""
+            raise UsageError(f"{path} is {text!r}", where=f"--{path}", why=f"{also}{error}") from error
         if path == "memory_budget" and not size:
-            raise UsageError(f"{path} is {text!r}", where=f"--{path}", why="a run takes memory")
+            raise UsageError(
+                f"{path} is {text!r}", where=f"--{path}", why="a run takes memory", do="say how much: 24GB"
+            )
 
 
 def _check_model(config: Config | EvalConfig) -> None:

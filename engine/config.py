@@ -93,7 +93,7 @@ class Dataset:
     max_seq_len: int = 512
     """Tokens after which a sample is cut."""
     num_workers: int = 2
-    """Processes that decode rows and pictures."""
+    """Threads that prepare steps ahead: rows, pictures, packs. 0: none."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -233,7 +233,7 @@ class Config:
     gradient_checkpointing: bool = False
     """Keep only each layer's input and recompute the rest, whatever the memory."""
     plan: bool = False
-    """Print what the run needs (memory, disk, steps) and end. Needs no GPU and no weights."""
+    """Print what the run needs (memory by part, disk, speed and verdict by card) and end; no GPU or weights needed."""
     json: bool = False
     """Print the plan as JSON."""
     dry_run: bool = False

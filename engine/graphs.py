@@ -12,7 +12,7 @@ is one launch. What it was captured with stays as it was, addresses and host val
                 two shapes do not need the memory of two. What a pass leaves in it (what is made once, see below) may
                 lie where an earlier graph writes: those graphs are given up and captured again, in a new pool.
                 Blocks that are too small for a later pass stay in the pool: a step that finds no memory is repeated
-                once with a new one (engine/step.py)
+                with a new one, and then without unpacked copies (engine/step.py)
     weights     that are unpacked (kernels/unpacked.py) are unpacked anew in each pass, into a buffer of the pass's own
 
 The first pass of a signature is launched op by op: it compiles and loads kernels, which a capture cannot, and makes
@@ -141,7 +141,7 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index
         self.device = torch.device("cuda", index)  # a pool wants it by number
-        self.side = torch.cuda.Stream(device)
+        self.side = torch.cuda.Stream(self.device)
         self.pool = torch.cuda.MemPool()
 
     @contextmanager
@@ -177,8 +177,8 @@ class CudaRecorder:
     def _leave_capture(self) -> None:
         """Undoes what capture_begin did to the allocator, where capture_end did not come to that."""
         with suppress(RuntimeError):  # it did
-            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self.pool.id)
-            torch._C._cuda_releasePool(torch.cuda.current_device(), self.pool.id)
+            torch._C._cuda_endAllocateToPool(self.device.index, self.pool.id)
+            torch._C._cuda_releasePool(self.device.index, self.pool.id)
 
     def release(self, drop: Callable[[], object]) -> None:
         torch.cuda.synchronize(self.device)

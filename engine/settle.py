@@ -7,17 +7,14 @@ resumed run takes it up, unless its command asks for something else.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
 from engine.config import Config, get
-from engine.plan.memory_budget import MemoryChoice, card_of, choose, device_memory, free_bytes
+from engine.plan.memory_budget import MemoryChoice, card_of, choose, device_memory, free_bytes, resident_bytes
 from engine.setup import Setup
 from engine.trainer import Trainer
 from models.recompute import ActivationPolicy
-from models.vlm import VisionLanguageModel
 
 logger = logging.getLogger("nibble")
 
@@ -60,11 +57,3 @@ def free_of(config: Config, trainer: Trainer, device: torch.device) -> int | Non
     if device.type == "cuda":
         return free_bytes(config, *device_memory(device))
     return free_bytes(config, resident_bytes(trainer.model, trainer.optimizer.state_tensors()), None)
-
-
-def resident_bytes(model: VisionLanguageModel, state: Mapping[str, Tensor]) -> int:
-    """Bytes of weights, gradients and optimiser state, each memory once."""
-    gradients = (p.grad for p in model.parameters() if p.grad is not None)
-    tensors = (*model.parameters(), *model.buffers(), *gradients, *state.values())
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())

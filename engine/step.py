@@ -1,4 +1,5 @@
-"""One optimiser step: k packs forward and backward, one update, one wait for the device."""
+"""One optimiser step: k packs forward and backward, one update, one wait for the device (a pass that is no CUDA graph
+yet may add one)."""
 
 from __future__ import annotations
 
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from engine.distributed import Ranks
-from engine.errors import NotFinite
+from engine.errors import NotFinite, is_of_a_gpu
 from engine.graphs import Passes
+from engine.memory_size import gib
 from engine.optim import Optimizer
 from engine.scaler import LossScaler
 from kernels import unpacked
@@ -54,8 +56,8 @@ def train_step(
 
     The update is launched before anybody knows whether loss and gradient are finite; where they are not, it changes
     nothing. An fp16 overflow repeats the same packs with a smaller loss scale, so no sample is lost. Where a pass
-    finds no memory, the packs are repeated after giving back what CUDA graphs keep, and then the unpacked copies of
-    weights: neither changes a result.
+    finds no memory, and there is one rank, the packs are repeated after giving back what CUDA graphs keep, and then the
+    unpacked copies of weights: neither changes a result.
 
     Args:
         counts: numbers of this rank that are summed over ranks on the way, exact up to 2^24.
@@ -75,13 +77,14 @@ def _step(
     model: nn.Module, packs: Sequence[Pack], optimizer: Optimizer, scaler: LossScaler, ranks: Ranks, passes: Passes, *,
     step: int, seed: int, lr: float, clip_grad: float | None, counts: Sequence[float],
 ) -> StepResult:  # fmt: skip
-    may_go = _memory_that_may_go(passes)
+    # on several ranks the others would not repeat their part of the exchange
+    may_go = _memory_that_may_go(passes) if ranks.world == 1 else []
     while True:
         totals = None
         try:
             totals = _accumulate(model, packs, scaler.scale, ranks, counts, passes, step=step, seed=seed)
-        except torch.OutOfMemoryError:
-            if not may_go:
+        except RuntimeError as error:
+            if not may_go or not is_of_a_gpu(error):
                 raise
         if totals is None:  # the error is gone, and with it what it kept of the pass
             what, give_back = may_go.pop(0)
@@ -116,7 +119,7 @@ def _memory_that_may_go(passes: Passes) -> list[tuple[str, Callable[[], None]]]:
     if passes.keeps_memory:
         found.append(("what CUDA graphs keep", passes.release))
     if kept := unpacked.kept_bytes():
-        found.append((f"{kept / 2**30:.2f} GiB of unpacked copies of weights", give_up_copies))
+        found.append((f"{gib(kept)} of unpacked copies of weights", give_up_copies))
     return found
 
 

@@ -103,7 +103,7 @@ def _header(specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> tuple[b
     for name in sorted(specs, key=lambda name: -specs[name][0].itemsize):
         dtype, shape = specs[name]
         if dtype not in DTYPES:
-            raise TypeError(f"tensor {name} has dtype {dtype}, which a checkpoint cannot hold")
+            raise TypeError(f"tensor {name} has dtype {dtype}, which a file of ours cannot hold")
         end = offset + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end

@@ -6,7 +6,8 @@ depend on nothing but the image, not on the others of a pack or on when a run wa
 
 This is for towers of which nothing learns (--train.vision frozen). With LaVIN's placement the first adapter stands
 before the first block's attention, and below it are only the patch convolution and a norm: 0.2 % of the tower's FLOPs,
-which are not worth the 526 KB of an image's 257 tokens. `blocks_below_training` tells the two cases apart.
+which are not worth the 526 KB of an image's 257 tokens: nothing is kept then. `keeps_features` tells the two cases
+apart.
 """
 
 from __future__ import annotations
@@ -22,21 +23,19 @@ from models.vision.clip import NUM_TAPS, ClipVision
 TABLE_BYTES = 128 << 20
 
 
-def blocks_below_training(tower: ClipVision) -> int:
-    """The first blocks of the tower, so many, that nothing trained stands in or before."""
-    blocks = tower.blocks()
-    inside = {id(parameter) for block in blocks for parameter in block.parameters()}
-    if any(parameter.requires_grad for parameter in tower.parameters() if id(parameter) not in inside):
-        return 0
-    for number, block in enumerate(blocks):
-        if any(parameter.requires_grad for parameter in block.parameters()):
-            return number
-    return len(blocks)
-
-
 def keeps_features(tower: ClipVision) -> bool:
-    """Whether the tower's output for an image is always the same."""
-    return blocks_below_training(tower) == len(tower.blocks())
+    """Whether the tower's output for an image is always the same: nothing of it learns."""
+    return not any(parameter.requires_grad for parameter in tower.parameters())
+
+
+def table_rows(width: int, itemsize: int, table_bytes: int = TABLE_BYTES) -> int:
+    """Images that a table of so many bytes has room for, at a tower's width and bytes a number."""
+    return table_bytes // (NUM_TAPS * width * itemsize)
+
+
+def most_bytes(width: int, itemsize: int, most_new: int) -> int:
+    """Of the values of a TowerCache, however many images the data have."""
+    return (1 + table_rows(width, itemsize) + most_new) * NUM_TAPS * width * itemsize
 
 
 class FeatureTable:
@@ -74,7 +73,7 @@ class TowerCache:
     ) -> None:
         self.tower = tower
         dtype, width = tower.patch_embed.weight.dtype, tower.config.width
-        self.places = FeatureTable(min(images, table_bytes // (NUM_TAPS * width * dtype.itemsize)))
+        self.places = FeatureTable(min(images, table_rows(width, dtype.itemsize, table_bytes)))
         self.values = torch.zeros(1 + self.places.rows + most_new, NUM_TAPS, width, dtype=dtype, device=device)
 
     @torch.no_grad()

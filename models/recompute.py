@@ -1,6 +1,6 @@
 """What each layer of a model keeps for its backward pass, and what it computes there once more.
 
-    save_all        keeps what its ops need, computes nothing again
+    save_all        keeps what its ops need, computes nothing again (but the norm that a tower's router reads)
     recompute_mlp   computes norm and MLP again (the second half of a block): gate and up are not kept
     keep_input      keeps the layer's input alone, computes all of it again
 

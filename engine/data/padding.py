@@ -45,26 +45,36 @@ def pad(pack: Pack, slots: int = NUM_TAPS) -> Pack:
     rows = min(_up(pack.supervised.numel(), round_up(-(-tokens // 4))), tokens)
     segments = replace(
         pack.segments,
-        cu_seqlens=_filled(bounds, 1 + _up(bounds.numel() - 1, SEGMENTS), tokens),
+        cu_seqlens=_filled(bounds, 1 + padded_segments(bounds.numel() - 1), tokens),
         max_seqlen=_bound(pack.segments.max_seqlen),
     )
     pack = replace(
         pack, segments=segments, supervised=_filled(pack.supervised, rows), labels=_filled(pack.labels, rows),
         weights=_filled(pack.weights, rows),
     )  # fmt: skip
-    return _pad_images(pack, max(2, -(-tokens // 1024)), slots)
+    return _pad_images(pack, tokens, slots)
 
 
-def _pad_images(pack: Pack, multiple: int, slots: int) -> Pack:
+def padded_segments(count: int) -> int:
+    """S of a pack with `count` segments."""
+    return _up(count, SEGMENTS)
+
+
+def padded_tiles(count: int, tokens: int) -> int:
+    """N of a pack of so many tokens with `count` tiles."""
+    return _up(count, max(2, -(-tokens // 1024)))
+
+
+def _pad_images(pack: Pack, tokens: int, slots: int) -> Pack:
     if pack.feature_rows is not None:
         of_images = pack.feature_rows.of_images
-        count = _up(of_images.numel(), multiple)  # row 0 of the table is zeros
+        count = padded_tiles(of_images.numel(), tokens)  # row 0 of the table is zeros
         rows = FeatureRows(of_images=_filled(of_images, count), of_tiles=pack.feature_rows.of_tiles)
         return replace(pack, feature_rows=rows, image_slots=_filled(pack.image_slots, count * slots))
     if pack.tiles is None:
         return pack
     real = pack.tiles.shape[0]
-    count = _up(real, multiple)
+    count = padded_tiles(real, tokens)
     return replace(
         pack,
         tiles=torch.cat((pack.tiles, pack.tiles.new_zeros(count - real, *pack.tiles.shape[1:]))),

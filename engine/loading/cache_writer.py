@@ -46,7 +46,9 @@ def start_writing(cache: WeightCache, model: Parts, bits: Mapping[str, Bits], dt
         folder.mkdir(parents=True, exist_ok=True)
         lock = _lock(folder)
         if lock is None or cache.folder.is_dir():  # somebody else writes, or has written just now
-            logger.info("quantized weights are not kept: another process keeps or has kept them in %s", folder)
+            logger.info(
+                "quantized weights are not kept: another process is writing, or has just written, in %s", folder
+            )
         else:
             sweep(folder)  # what a killed writer left
             if _has_room(folder, file_size(planned)):

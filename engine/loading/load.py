@@ -39,9 +39,12 @@ class Loading:
         assert self.cache is not None
         try:
             found = self.cache.open()
-            if found is not None:
-                self._read(found, model)
-            return model if found is not None else None
+            if found is None:
+                return None
+            self._read(found, model)
+            if self.is_main:
+                self._say(f"quantized weights come from {self.cache.folder}")
+            return model
         except (CacheDamaged, WeightsError) as error:
             if self.is_main:
                 self.cache.drop(str(error))

@@ -30,9 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.plan.activation_policy import Choice, Layers
-from engine.plan.cards import Card
 from engine.plan.meta_model import META, Bits, PackShape, cut_down, largest_group, pack_bytes, pack_of
-from engine.plan.roofline import seconds
 from kernels import unpacked
 from kernels.counting import Counter, Op, counting
 from models.pack import Pack
@@ -52,7 +50,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Of one pack, forward and backward. Bytes."""
+    """Of one pack, forward and backward. Bytes; the seconds of choices are a card's to say, and 0 here."""
 
     vision: Layers
     language: Layers
@@ -63,11 +61,6 @@ class Costs:
     vision_work: Work
     language_work: Work
     other_work: tuple[Op, ...]  # embedding, the tower's ends, projector, head and loss
-
-    @property
-    def stages(self) -> tuple[Layers, Layers]:
-        """In forward order, for engine.plan.activation_policy.solve."""
-        return self.vision, self.language
 
     def peak(self, policy: ActivationPolicy) -> int:
         """The most that is alive in a pass, above `inputs` and `buffers`."""
@@ -82,9 +75,10 @@ class Costs:
 
 @cache
 def costs(
-    config: VLMConfig, bits: Bits, shape: PackShape, dtype: torch.dtype, card: Card, *, scratch: int = 0
+    config: VLMConfig, bits: Bits, shape: PackShape, dtype: torch.dtype, capability: int, *, scratch: int = 0
 ) -> Costs:
-    """Counts a pack of this shape on this model, with activations in `dtype`, as `card` would run it.
+    """Counts a pack of this shape on this model, with activations in `dtype`, as a card of this compute capability
+    would run it (kernels/launches.py; 0: Triton's interpreter and csrc's emulator).
 
     scratch: bytes of the buffer for unpacked weights; it takes the largest group's at least.
     """
@@ -92,7 +86,7 @@ def costs(
     pack = pack_of(shape, config.vision.image_size)
     ring = max(scratch, largest_group(model, dtype))
     runs: dict[Policy, _Run] = {}
-    with unpacked.apart(ring, dtype, META), counting(card.capability) as counter:
+    with unpacked.apart(ring, dtype, META), counting(capability) as counter:
         with torch.no_grad():
             model(pack)  # makes what stays: tables, a larger buffer
         buffers = ring + counter.live
@@ -103,18 +97,13 @@ def costs(
     vision = {policy: run.vision() for policy, run in runs.items()}
     language = {policy: run.language() for policy, run in runs.items()}
     works = [_work(runs, stage, 1) for stage in ("vision", "language")]
-    extra = [
-        {policy: seconds(work.backward[policy], card, narrow=narrow) for policy in POLICIES}
-        for work, narrow in zip(works, (True, False), strict=True)
-    ]
 
-    def layers(count: int, found: Mapping[Policy, _Memory], times: Mapping[Policy, float]) -> Layers:
-        choices = {p: found[p].choice(max(0.0, times[p] - times["save_all"])) for p in POLICIES}
-        return Layers(count, choices, found["save_all"].start)
+    def layers(count: int, found: Mapping[Policy, _Memory]) -> Layers:
+        return Layers(count, {policy: found[policy].choice() for policy in POLICIES}, found["save_all"].start)
 
     return Costs(
-        vision=layers(config.vision.num_layers, vision, extra[0]),
-        language=layers(config.language.num_layers, language, extra[1]),
+        vision=layers(config.vision.num_layers, vision),
+        language=layers(config.language.num_layers, language),
         after=min(run.after() for run in runs.values()),
         inputs=pack_bytes(pack), buffers=buffers, tables=buffers - ring,
         vision_work=works[0], language_work=works[1],
@@ -140,8 +129,8 @@ class _Memory:
     forward: int
     start: int
 
-    def choice(self, seconds: float) -> Choice:
-        return Choice(self.saved, self.peak, seconds, self.inner, self.handed, self.forward)
+    def choice(self) -> Choice:
+        return Choice(self.saved, self.peak, 0.0, self.inner, self.handed, self.forward)
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """The cards that a plan speaks about: what they hold, and how fast they compute and copy.
 
 Rates are those of 16-bit products with fp32 sums; products of fp32 tensors run in fp32, without tensor cores. Nominal
-figures are NVIDIA's data sheets; the rate of an H200 and the bandwidth of its copies are measured ones, and an H100 has
-the same chip, so its rate is taken to be the same.
+figures are NVIDIA's data sheets; the rate of an H200 and the bandwidth of its copies were measured, though not by the
+benchmarks here, and an H100 has the same chip, so its rate is taken to be the same.
 """
 
 from __future__ import annotations

@@ -1,13 +1,16 @@
-"""Memory that does not depend on a pack: weights as they are stored, what trains and its optimiser, buffers of packed
-weights. Counted from shapes alone."""
+"""Memory that does not depend on a pack: weights as they are stored, what trains and its optimiser. Counted from shapes
+alone. The buffer for unpacked weights is not among it: accounting.py counts that."""
 
 from __future__ import annotations
+
+from math import prod
 
 from torch import nn
 
 from engine.config import BITS, Config
 from engine.optim import ALIGN
 from engine.plan.meta_model import Bits
+from models.quantized import part_specs
 from models.vlm import VisionLanguageModel
 
 PARTS = ("language", "vision", "projector", "adapters", "modality_embedding")
@@ -20,13 +23,10 @@ def bits_of(config: Config) -> Bits:
 
 def stored_bytes(out_features: int, in_features: int, bits: int, dense_bytes: int) -> int:
     """Bytes of one frozen [out, in] weight: NF4 with double quantisation, row-wise int8, or dense."""
-    n = out_features * in_features
-    if bits == 4:
-        blocks = -(-n // 64)
-        return -(-n // 2) + blocks + 4 * -(-blocks // 256) + 4
-    if bits == 8:
-        return n + 4 * out_features
-    return n * dense_bytes
+    shape = out_features, in_features
+    if bits == 16:
+        return dense_bytes * prod(shape)
+    return sum(dtype.itemsize * prod(size) for dtype, size in part_specs(shape, bits).values())
 
 
 def parameters_by_part(model: VisionLanguageModel) -> dict[str, int]:

@@ -19,8 +19,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from engine.config import Config, longest_sample
+from engine.data.padding import padded_segments, padded_tiles
 from engine.data.planning import MODALITY_ROWS, MULTIPLE, most_tiles, round_up
 from engine.memory_size import gib, parse_size
 from engine.plan.accounting import Costs, costs
@@ -38,7 +40,7 @@ from models.vlm import VisionLanguageModel
 RESERVE = 0.05  # of what is free: what the allocator loses between blocks, workspaces of libraries
 CONTEXT_BYTES = 512 * 2**20  # CUDA context and the code of kernels, outside of the allocator
 HOST = Card("CPU", memory=0, capability=0, rate=1e11, bandwidth=1e10)  # to compare recomputations: any one
-COUNTED_ON = CARDS[-1]  # bytes and operations are the same on every card, so one count serves all; times are not
+COUNTED_ON = CARDS[-1].capability  # bytes and ops are the same on every card, so one count serves all; times are not
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,18 +93,18 @@ def counted(config: Config, model: VisionLanguageModel, dtype: torch.dtype, *, o
 
 
 def largest_pack(config: Config) -> PackShape:
-    """The largest pack that a run can meet (engine/data/planning.py), padded as for CUDA graphs, with every row
-    supervised: as many tokens as asked for, or those of the longest sample, and never more than a step has."""
+    """The largest pack that a run can meet (engine/data/planning.py), padded as for CUDA graphs (padding.py), with
+    every row supervised: as many tokens as asked for, or those of the longest sample, and never more than a step has.
+    Segments: of all samples of a step, which may be so short that one pack has them all."""
     longest, samples = longest_sample(config), config.optim.samples_per_step(1)
     asked, most = config.runtime.tokens_per_batch, longest - 1  # the modality token, one of a sample's, is in its row
     tokens = max(asked // MULTIPLE * MULTIPLE, round_up(MODALITY_ROWS + most))
     tokens = min(tokens, round_up(MODALITY_ROWS + samples * most))
-    multiple = max(2, -(-tokens // 1024))
     return PackShape(
         tokens=tokens,
         supervised=tokens,
-        segments=16 * -(-tokens // 2048),
-        tiles=-(-min(most_tiles(asked), samples) // multiple) * multiple,
+        segments=padded_segments(MODALITY_ROWS + min(samples, tokens) + 1),  # the last: what fills the pack up
+        tiles=padded_tiles(min(most_tiles(asked), samples), tokens),
         pairs=tokens * pairs_per_token(longest),
         longest=longest,
     )
@@ -120,6 +122,14 @@ def free_bytes(config: Config, resident: int, memory: int | None) -> int | None:
         return None if asked is None else asked - resident
     limit = memory if asked is None else min(memory, asked)
     return int((limit - resident) * (1 - RESERVE))
+
+
+def resident_bytes(model: VisionLanguageModel, state: Mapping[str, Tensor]) -> int:
+    """Bytes of weights, gradients and optimiser state (by name; empty: there is none), each memory once."""
+    gradients = (p.grad for p in model.parameters() if p.grad is not None)
+    tensors = (*model.parameters(), *model.buffers(), *gradients, *state.values())
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
 
 
 def device_memory(device: torch.device) -> tuple[int, int]:

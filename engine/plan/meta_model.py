@@ -11,12 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from kernels.int8 import Int8Tensor
-from kernels.nf4 import BLOCK, BLOCK2, NF4Tensor
 from models.language.llama import LlamaConfig
 from models.linear import Linear
 from models.pack import Pack, Segments
-from models.quantized import QuantizedWeight
+from models.quantized import from_parts, part_specs
 from models.vision.clip import NUM_TAPS, ClipConfig
 from models.vlm import VisionLanguageModel, VLMConfig
 
@@ -78,20 +76,8 @@ def _store_linear(linear: Linear, bits: int) -> None:
     if bits == 16 or linear.weight is None:
         return
     shape = (linear.out_features, linear.in_features)
-    blocks = -(-shape[0] * shape[1] // BLOCK)
-    packed: NF4Tensor | Int8Tensor
-    if bits == 8:
-        packed = Int8Tensor(
-            codes=_empty(torch.int8, *shape), scale=_empty(torch.float32, shape[0]), dtype=torch.float16
-        )
-    else:
-        packed = NF4Tensor(
-            codes=_empty(torch.uint8, -(-shape[0] * shape[1] // 2)), absmax_codes=_empty(torch.uint8, blocks),
-            absmax2=_empty(torch.float32, -(-blocks // BLOCK2)), offset=_empty(torch.float32), shape=shape,
-            dtype=torch.float16, first_block=0,
-        )  # fmt: skip
-    linear.quantized = QuantizedWeight(packed)
-    linear.weight = None
+    parts = {part: _empty(dtype, *size) for part, (dtype, size) in part_specs(shape, bits).items()}
+    linear.hold(from_parts(parts, shape, torch.float16))
 
 
 def _empty(dtype: torch.dtype, *shape: int) -> Tensor:

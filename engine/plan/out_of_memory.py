@@ -6,6 +6,7 @@ Where a checkpoint is there, only flags are named with which --resume goes on fr
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -158,6 +159,9 @@ def _planned(attempt: Attempt) -> tuple[list[str], list[tuple[str, ...]]]:
     width = max(map(len, memory))
     table += [f"         {name:<{width}}  {gib(size):>10}" for name, size in memory.items() if size and name != "total"]
     table += _held(device)
+    if attempt.doing == "training" and attempt.ranks.world == 1 and choice is not None:
+        config = copy.deepcopy(config)  # the step gave the copies up (engine/step.py), and that was not enough
+        config.runtime.unpacked_memory, choice = "0", replace(choice, spare=0)
     less = savers(planner, config, card, choice, attempt.doing, same_bits=bool(_latest(attempt.rundir)))
     return table, list(islice(less, REMEDIES))
 

@@ -1,4 +1,9 @@
-"""How fast a run trains, predicted from its ops (accounting.py) on a card's roofline (roofline.py)."""
+"""How fast a run trains, predicted from its ops (accounting.py) on a card's roofline (roofline.py).
+
+A tower looks at every image of a pack here: that a frozen one's features are kept (engine/tower_cache.py) is not
+counted, so such a run should be faster than this. Ops that are in no layer (embedding, the tower's ends, projector,
+head and loss) all go by the supervised rows, as head and loss do, which are most of that work.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +21,6 @@ from models.recompute import ActivationPolicy, Policy
 class Speed:
     """Predicted."""
 
-    seconds_per_pack: float
     samples_per_second: float
     tokens_per_second: float  # of samples: what fills packs up does not count
 
@@ -34,7 +38,7 @@ def predicted(
         supervised=SUPERVISED * samples / shape.supervised,
         images=IMAGE_SHARE * samples / shape.tiles if shape.tiles else 0.0,
     )  # fmt: skip
-    return Speed(time, samples / time, samples * MEAN_LENGTH / time)
+    return Speed(samples / time, samples * MEAN_LENGTH / time)
 
 
 def pass_seconds(

@@ -84,8 +84,9 @@ def _row(card: str, memory: str, tokens: str, samples: str, hours: str, verdict:
 def _verdict(card: Verdict, usual: str) -> str:
     if not card.fits:
         reserve = " with the reserve of a run" if card.peak_bytes <= card.limit_bytes else ""
-        helps = f"with {card.remedy} it does" if card.remedy else "no flag helps"
-        return f"does not fit{reserve}; {helps}"
+        helps = f"with {card.remedy} it does" if card.remedy else "nothing smaller that was tried does"
+        within = f"into --memory_budget's {gib(card.limit_bytes)}" if card.within_budget else ""
+        return f"{' '.join(filter(None, ('does not fit', within)))}{reserve}; {helps}"
     less = "" if card.policy == usual else f"; {card.policy}"
     copies = f"; {card.copied_layers} layers unpacked for good" if card.copied_layers else ""
     return f"fits{less}{copies}"

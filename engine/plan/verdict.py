@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from engine.config import Config
+from engine.data.planning import most_tiles
 from engine.memory_size import parse_size
 from engine.plan.accounting import Costs, costs
 from engine.plan.cards import Card
@@ -25,6 +26,7 @@ from engine.plan.meta_model import META
 from engine.plan.speed import Speed, predicted
 from engine.plan.unpacked_memory import Share, share_of
 from engine.plan.workload import typical_pack
+from engine.tower_cache import keeps_features, most_bytes
 from models.recompute import ActivationPolicy
 from models.vlm import VisionLanguageModel, VLMConfig
 
@@ -42,6 +44,7 @@ class Verdict:
     policy: str  # which layers keep what
     copied_layers: int  # of the language model, that are kept unpacked too
     peak_bytes: int
+    within_budget: bool  # the limit is --memory_budget, not the card
     limit_bytes: int  # that the run may take, its reserve included
     memory_bytes: Memory  # by part
     samples_per_second: float
@@ -78,6 +81,9 @@ class Planner:
         """Bytes of all that is there before a pack."""
         memory = frozen_bytes(self.model, bits_of(config), self.dtype.itemsize)
         memory |= training_bytes(self.model, self.num_ranks)
+        if keeps_features(self.model.vision):  # the most there may be: how many images there are is not known here
+            most_new = most_tiles(config.runtime.tokens_per_batch)
+            memory["image features"] = most_bytes(self.model_config.vision.width, self.dtype.itemsize, most_new)
         if self.on_cuda:
             memory["cuda context"] = CONTEXT_BYTES
         return memory
@@ -126,7 +132,8 @@ class Planner:
         per_step = config.optim.samples_per_step(1)
         tokens, per_pack = typical_pack(per_step, shape.tokens)
         if tokens < SAME_SPEED * shape.tokens:
-            shape, samples = replace(shape, tokens=tokens, supervised=tokens), per_pack
+            pairs = shape.pairs * tokens // shape.tokens
+            shape, samples = replace(shape, tokens=tokens, supervised=tokens, pairs=pairs), per_pack
             found = costs(self.model_config, bits_of(config), shape, self.dtype, COUNTED_ON)
         graphs = self.on_cuda and config.runtime.cuda_graphs and self.num_ranks == 1
         return predicted(
@@ -142,7 +149,8 @@ class Planner:
         rate = speed.samples_per_second * self.num_ranks
         return Verdict(
             card=card.name, fits=found.fits, policy=found.policy.describe(), copied_layers=found.copied_layers,
-            peak_bytes=found.memory["total"], limit_bytes=limit_of(config, card), memory_bytes=found.memory,
+            peak_bytes=found.memory["total"], limit_bytes=limit_of(config, card),
+            within_budget=limit_of(config, card) < card.memory, memory_bytes=found.memory,
             samples_per_second=rate, tokens_per_second=speed.tokens_per_second * self.num_ranks,
             hours=None if samples is None else samples / rate / 3600, remedy=helps,
         )  # fmt: skip

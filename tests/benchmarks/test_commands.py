@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import checks, command, suite
-from benchmarks.rows import Recorder, Row, read
+from benchmarks import checks, command, end_to_end, suite
+from benchmarks.rows import Recorder, read
 from engine.op_checks import OpCheck
 from tests.benchmarks.made_up import row
 
@@ -54,9 +54,8 @@ def test_a_lost_device_ends_the_part_and_blames_nobody(
 
     monkeypatch.setattr(command, "measure", failing)
     monkeypatch.setattr(command, "device_is_lost", lambda: lost)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     bench: Any = suite.bench("rope")
-    rows = command._rows(bench, bench.cases()[0], object(), None, False)  # type: ignore[arg-type]
+    rows = command._rows(bench, bench.cases()[0], torch.device("cpu"), object(), None, False)  # type: ignore[arg-type]
     if lost:
         with pytest.raises(SystemExit, match="1"):
             list(rows)
@@ -82,7 +81,7 @@ def test_help_names_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
             main(["--help"])
         assert ended.value.code == 0
         shown = capsys.readouterr().out
-        assert all(flag in shown for flag in ("--quick", "--list", "--output"))
+        assert all(flag in shown for flag in ("--quick", "--tiny", "--list", "--output"))
 
 
 def test_a_part_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -229,17 +228,65 @@ def test_a_figure_that_is_none_is_a_failure_and_ends_nothing(tmp_path: Path) -> 
 def test_a_case_gets_a_device_with_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.cuda.use_mem_pool, under our CUDA graphs, refuses one without: "Expected a torch.device with a specified
     index"."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    seen: list[torch.device] = []
+    assert command.current_device() == torch.device("cuda", 3)
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize(
+    ("name", "case", "said"),
+    [
+        ("rope", "T=512 d=128", "T=50 H=2 d=128 r=128: nibble ran backward, "),
+        ("end_to_end", "samples=1 model=7B", "model=toy T=128 samples=1 policy=keep_input cap=0: nibble ran step, "),
+    ],
+)
+def test_tiny_runs_on_a_cpu_and_writes_nothing(
+    name: str, case: str, said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert command.main(suite.part(name), ["--tiny", "--quick", "--case", case, "--output", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{name} at tiny sizes on cpu: whether it runs, no figures"
+    (ours,) = (line for line in lines if line.startswith(said))
+    assert ("loss" in ours) == (name == "end_to_end")
+    assert not any("nibble did not run" in line for line in lines)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_tiny_runs_every_trainer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(end_to_end, "FULL", 2)
+    assert command.main(end_to_end.YARDSTICK, ["--tiny", "--case", "samples=2"]) == 0
+    _, *lines = capsys.readouterr().out.splitlines()  # 7B's case and 13B's are the same here
+    assert sorted(line.split(": ")[1].split()[0] for line in lines) == sorted(("nibble", *end_to_end.PEERS))
+    assert all(", loss " in line or " did not run: " in line for line in lines)
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize(("variant", "code"), [("nibble", 1), ("nibble_triton", 0), ("liger", 0)])
+def test_tiny_fails_where_the_engine_does(variant: str, code: int, capsys: pytest.CaptureFixture[str]) -> None:
     bench: Any = suite.part("packing")
+    failed = row(variant=variant, mode=None, failure="RuntimeError: gone")
+    broken = replace(bench, rows=lambda *_: iter([failed]))
+    assert command.main(broken, ["--tiny", "--case", "T=2048"]) == code
+    assert f"T=8: {variant} did not run: RuntimeError: gone" in capsys.readouterr().out
+    raising = replace(bench, rows=lambda *_: 1 / 0)
+    assert command.main(raising, ["--tiny", "--case", "T=2048"]) == 1
+    assert "nibble did not run: the case could not be measured: ZeroDivisionError" in capsys.readouterr().out
 
-    def rows(case: object, device: torch.device, *_: object) -> list[Row]:
-        seen.append(device)
-        return []
 
-    spy = replace(bench, rows=rows)
-    assert list(command._rows(spy, bench.cases()[0], None, None, False)) == []  # type: ignore[arg-type]
-    assert [device.index for device in seen] == [3]
+@pytest.mark.usefixtures("no_gpu")
+def test_the_suite_hands_tiny_on_and_leaves_the_kernels_tests_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    processes = Processes({})
+    monkeypatch.setattr(suite.subprocess, "run", processes)
+    assert suite.main(["--tiny", "--quick", "--only", "csrc", "tests", "whole"]) == 0
+    build, *parts = processes.started
+    assert build[2] == "csrc.build"
+    assert [words[2] for words in parts] == [f"benchmarks.{name}" for name in suite.GROUPS["whole"]]
+    assert all(words[3:] == ["--tiny", "--quick"] for words in parts)
+    assert "rows in" not in capsys.readouterr().out
 
 
 def test_nothing_but_torch_is_needed() -> None:

@@ -331,6 +331,24 @@ def test_copies_of_weights_are_given_up_before_a_run_ends_for_want_of_memory() -
         assert (unpacked.kept_bytes() == 0) == (number >= 2)
 
 
+def test_one_of_several_ranks_repeats_nothing() -> None:
+    """The others would wait for its part of the exchange, or take the second part for another's."""
+    run = Run(quantized(), Passes(CPU))
+    assert isinstance(run.model, VisionLanguageModel)
+    unpacked.keep(pack_of(run.model.language.blocks()[0].groups()[0]), torch.float32)
+
+    def fails(grad: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    next(p for p in run.optimizer.named.values() if p.ndim == 2).register_hook(fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        train_step(
+            run.model, step_packs(0), run.optimizer, run.scaler, Ranks(0, 0, 2), step=0, seed=5, lr=1e-2, clip_grad=1.0,
+            device=CPU, passes=run.passes,
+        )  # fmt: skip
+    assert unpacked.kept_bytes() > 0
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_pass_leaves_no_tensor_behind(policy: Policy) -> None:
     """Not even to the garbage collector: its memory is the next pass's."""

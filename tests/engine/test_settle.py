@@ -12,8 +12,8 @@ import torch
 from engine.config import Config
 from engine.distributed import Ranks
 from engine.optim import Optimizer
-from engine.plan.memory_budget import MemoryChoice
-from engine.settle import RECORDED, free_of, resident_bytes, settle_memory
+from engine.plan.memory_budget import MemoryChoice, resident_bytes
+from engine.settle import RECORDED, free_of, settle_memory
 from engine.setup import Setup
 from engine.trainer import Trainer
 from models.recompute import ActivationPolicy

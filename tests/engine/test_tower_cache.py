@@ -19,7 +19,7 @@ from engine.graphs import GraphedPasses, Passes, signature
 from engine.optim import Optimizer
 from engine.scaler import LossScaler
 from engine.step import StepResult, train_step
-from engine.tower_cache import TowerCache, blocks_below_training, keeps_features
+from engine.tower_cache import TABLE_BYTES, TowerCache, keeps_features, most_bytes
 from kernels import attention
 from models.vlm import VisionLanguageModel
 from tests.engine.tape import TapeRecorder
@@ -202,15 +202,24 @@ def test_features_are_inputs_of_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert graphed.looks == [1] * len(IMAGES)
 
 
-def test_the_model_says_what_is_below_its_training() -> None:
+def test_features_are_kept_of_a_tower_of_which_nothing_learns() -> None:
     def model(**options: Any) -> VisionLanguageModel:
         return tiny_model(tiny_config(**options))
 
     frozen = model(train_vision="frozen")
-    assert blocks_below_training(frozen.vision) == 6 and keeps_features(frozen.vision)
+    assert keeps_features(frozen.vision)
     for trained in (model(), model(vision_placement="normal"), model(train_vision="full")):
-        assert blocks_below_training(trained.vision) == 0 and not keeps_features(trained.vision)
-    frozen.vision.blocks()[2].mlp.up.requires_grad_(True)
-    assert blocks_below_training(frozen.vision) == 2 and not keeps_features(frozen.vision)
+        assert not keeps_features(trained.vision)
+    last = frozen.vision.blocks()[-1].mlp.up
+    last.requires_grad_(True)
+    assert not keeps_features(frozen.vision)
+    last.requires_grad_(False)
     frozen.vision.class_embedding.requires_grad_(True)
-    assert blocks_below_training(frozen.vision) == 0
+    assert not keeps_features(frozen.vision)
+
+
+def test_a_table_takes_what_a_plan_says() -> None:
+    tower = tiny_model(tiny_config(train_vision="frozen")).vision
+    cache = TowerCache(tower, torch.device("meta"), images=10**9, most_new=3)
+    assert cache.values.nbytes == most_bytes(tower.config.width, 4, 3)
+    assert TABLE_BYTES < cache.values.nbytes <= TABLE_BYTES + 4 * 6 * 4 * tower.config.width

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from engine.plan.accounting import Costs, costs
-from engine.plan.cards import Card
+from engine.plan.memory_budget import HOST, _stages
 from engine.plan.meta_model import TOWER_BLOCKS, Bits
 from kernels import unpacked
 from kernels.dispatch import set_backend
@@ -28,7 +28,7 @@ from tests.engine.plan.counted_run import (
     saved_bytes,
 )
 
-INTERPRETER = Card("Triton's interpreter", memory=0, capability=0, rate=1e12, bandwidth=1e12)
+INTERPRETER = 0  # as a compute capability
 LAYERS, BLOCKS = 4, 6
 CONFIG = VLMConfig(
     language=LlamaConfig(vocab_size=96, dim=32, num_layers=LAYERS, num_heads=2, num_kv_heads=2, ffn_dim=64),
@@ -179,7 +179,7 @@ def test_a_frozen_tower_keeps_nothing() -> None:
 
 def test_less_is_kept_by_each_policy_and_more_is_computed() -> None:
     predicted = counted(CONFIG, Bits(), 2)
-    for layers in predicted.stages:
+    for layers in _stages(predicted, HOST):
         choices = [layers.choices[policy] for policy in POLICIES]
         assert choices[0].saved > choices[1].saved > choices[2].saved > 0
         assert 0 == choices[0].seconds < choices[1].seconds < choices[2].seconds

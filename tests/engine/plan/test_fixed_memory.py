@@ -11,8 +11,8 @@ from engine.build import bits_of as bits_by_part
 from engine.config import BITS, Config
 from engine.optim import Optimizer
 from engine.plan.fixed_memory import bits_of, frozen_bytes, training_bytes
+from engine.plan.memory_budget import resident_bytes
 from engine.plan.meta_model import META
-from engine.settle import resident_bytes
 from models.placement import fill
 from models.vlm import VisionLanguageModel
 from tests.models.tiny import tiny_config, tiny_model

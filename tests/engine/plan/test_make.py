@@ -185,7 +185,9 @@ def test_the_text() -> None:
 )
 def test_the_roofline_is_that_of_the_anchors(language: Any, anchors: dict[str, float]) -> None:
     shape = largest_pack(parse_train([])[0])
-    counted = costs(VLMConfig(language=language, vision=ClipConfig()), Bits(), shape, torch.bfloat16, CARDS[-1])
+    counted = costs(
+        VLMConfig(language=language, vision=ClipConfig()), Bits(), shape, torch.bfloat16, CARDS[-1].capability
+    )
     policy = ActivationPolicy.uniform("save_all", language.num_layers, 24)
     for name, anchor in anchors.items():
         card = next(card for card in CARDS if card.name == name)

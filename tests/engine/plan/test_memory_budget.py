@@ -9,6 +9,7 @@ import torch
 
 from engine.config import Config
 from engine.data.packing import plan_packs
+from engine.data.padding import padded_segments
 from engine.data.planning import MODALITY_ROWS, round_up
 from engine.plan import accounting, memory_budget
 from engine.plan.cards import CARDS
@@ -141,18 +142,19 @@ def test_what_is_asked_for_copies_is_not_there_for_activations(model: VisionLang
 
 
 @pytest.mark.parametrize(
-    ("asked", "longest", "samples", "tokens", "tiles"),
+    ("asked", "longest", "samples", "tokens", "tiles", "segments"),
     [
-        (2048, 512, 32, 2048, 8), (2100, 512, 32, 2048, 8), (512, 512, 32, 640, 2), (128, 700, 32, 768, 2),
-        (65536, 512, 32, 16384, 32), (8192, 512, 3, 1536, 4), (2048, 512, 1, 640, 2),
+        (2048, 512, 32, 2048, 8, 48), (2100, 512, 32, 2048, 8, 48), (512, 512, 32, 640, 2, 48),
+        (128, 700, 32, 768, 2, 48), (65536, 512, 32, 16384, 32, 48), (8192, 512, 3, 1536, 4, 16),
+        (2048, 512, 1, 640, 2, 16), (512, 512, 4096, 640, 2, 656),
     ],
 )  # fmt: skip
-def test_the_largest_pack(asked: int, longest: int, samples: int, tokens: int, tiles: int) -> None:
+def test_the_largest_pack(asked: int, longest: int, samples: int, tokens: int, tiles: int, segments: int) -> None:
     config = Config()
     config.runtime.tokens_per_batch, config.dataset.max_seq_len, config.optim.batch_size = asked, longest, samples
     pack = largest_pack(config)
     assert (pack.supervised, pack.longest) == (pack.tokens, longest)
-    assert (pack.tokens, pack.tiles) == (tokens, tiles)
+    assert (pack.tokens, pack.tiles, pack.segments) == (tokens, tiles, segments)
 
 
 def test_lavins_chat_data_are_as_long_as_it_cuts_them() -> None:
@@ -172,6 +174,8 @@ def test_no_pack_of_a_step_is_larger(asked: int) -> None:
         packs = plan_packs([length] * samples, asked, tiles=[1] * samples)
         assert max(round_up(MODALITY_ROWS + length * len(pack)) for pack in packs) <= largest_pack(config).tokens
         assert max(map(len, packs)) <= largest_pack(config).tiles
+    packs = plan_packs([12] * samples, asked)
+    assert padded_segments(MODALITY_ROWS + max(map(len, packs)) + 1) <= largest_pack(config).segments
 
 
 def test_a_gpu_gives_what_is_free_and_no_more_than_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,3 +208,12 @@ def test_the_card_that_runs(monkeypatch: pytest.MonkeyPatch, name: str, capabili
     found = card_of(CUDA)
     assert found in CARDS and found is not None and found.name == card
     assert card_of(CPU) is None
+
+
+@pytest.mark.parametrize("train", ["mma", "frozen"])
+def test_a_frozen_towers_features_are_there_before_a_pack(train: Any) -> None:
+    """128 MiB of rows of [6, 24] in fp32, one of zeros, and one for each image that a pack may have."""
+    planner = Planner(tiny_config(train_vision=train), num_ranks=1, dtype=FP32, on_cuda=True)
+    row = 6 * 24 * 4
+    table = (2**27 // row + 1 + 8) * row
+    assert planner.fixed(Config()).get("image features") == (table if train == "frozen" else None)
