@@ -85,7 +85,7 @@ def test_what_fits_leaves_the_reserve_of_a_run() -> None:
     )
     assert needed.peak_bytes < tight.limit_bytes and not tight.fits and roomy.fits, "settle_memory would warn, too"
     lines = plan_text(plan("--memory_budget", f"{tight.limit_bytes / 1e6:.0f}MB", recipe="lavin-7b-lite")).splitlines()
-    assert any("does not fit with the reserve" in line for line in lines)
+    assert any("does not fit into --memory_budget" in line and "with the reserve of a run" in line for line in lines)
 
 
 def test_a_quantised_head_takes_a_buffer_beside_16_bit_layers() -> None:
