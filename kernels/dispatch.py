@@ -29,6 +29,7 @@ Backend = Literal["auto", "triton", "cuda", "reference"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 BACKENDS: tuple[str, ...] = get_args(Backend)
 EMULATED_PROCESSORS = 4
@@ -189,27 +190,27 @@ def _tile_names(kernel: Any) -> tuple[str, ...]:
     return tuple(name for name in ("ROWS", "COLS", "INNER", "CHUNK") if name in kernel.arg_names)
 
 
-@contextmanager
-def recording(recorder: Recorder) -> Iterator[None]:
+def recording(recorder: Recorder) -> AbstractContextManager[None]:
     """Calls `recorder` before each launch."""
-    _recorders.append(recorder)
+    return listed(recorder, _recorders)
+
+
+@contextmanager
+def listed(item: T, items: list[T]) -> Iterator[None]:
+    """Inside, `item` stands at the end of `items`."""
+    items.append(item)
     try:
         yield
     finally:
-        _recorders.remove(recorder)
+        items.remove(item)
 
 
-@contextmanager
-def as_on_card(card: int) -> Iterator[None]:
+def as_on_card(card: int) -> AbstractContextManager[None]:
     """Launchers choose as they would on a card of this compute capability (90), and launch nothing.
 
     Ops take meta tensors then as that card takes its own, by the automatic choice and with everything installed.
     """
-    _targets.append(card)
-    try:
-        yield
-    finally:
-        _targets.remove(card)
+    return listed(card, _targets)
 
 
 def on_another_card() -> bool:

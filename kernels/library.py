@@ -18,7 +18,7 @@ import importlib.util
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from ctypes import POINTER, c_char_p, c_int, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
@@ -140,14 +140,9 @@ def call(function: str, tensors: Sequence[Tensor], *arguments: object) -> None:
         raise RuntimeError(f"{function}: {library.error(status)} (status {status})")
 
 
-@contextmanager
-def recording(recorder: Recorder) -> Iterator[None]:
+def recording(recorder: Recorder) -> AbstractContextManager[None]:
     """Calls `recorder` before each launch."""
-    _recorders.append(recorder)
-    try:
-        yield
-    finally:
-        _recorders.remove(recorder)
+    return dispatch.listed(recorder, _recorders)
 
 
 def found() -> tuple[Path, build.Built] | None:

@@ -19,10 +19,8 @@ from kernels.dequantize_nf4 import dequantize_nf4
 from kernels.nf4 import NF4Tensor
 from models.linear import Linear
 from models.pack import Pack
-from models.placement import fill
-from models.recompute import ActivationPolicy
 from models.vlm import VisionLanguageModel
-from tests.models.tiny import LAYOUT, packs_of, random_samples, tiny_config, tiny_model
+from tests.models.tiny import LAYOUT, packed_copy, packs_of, random_samples, tiny_config, tiny_model
 
 CPU = torch.device("cpu")
 WORLD = 2
@@ -35,18 +33,11 @@ Result = dict[str, Tensor]
 def model_of(*, checkpointing: bool = False) -> VisionLanguageModel:
     """The language model in NF4 (rows and blocks do not line up), its head and the tower in int8, adapters trained."""
     source = tiny_model(tiny_config(ffn_dim=37, dropout=0.0))
-    with torch.device("meta"):
-        model = VisionLanguageModel(source.config)
-    if checkpointing:
-        model.use_activation_policy(ActivationPolicy.uniform("keep_input", 3, 6))
-    model.start_trainable(0, CPU)
-    for part in ("language", "vision"):
-        stream = ((n, p.data) for n, p in source.get_submodule(part).named_parameters() if "_adapter." not in n)
-        bits = lambda name, part=part: 4 if part == "language" and name.startswith("layers.") else 8  # noqa: E731
-        fill(model.get_submodule(part), stream, bits=bits, device=CPU, dtype=torch.float32, source="test")
-    for name, parameter in source.trainable().items():
-        model.get_parameter(name).data.copy_(parameter)
-    return model
+
+    def bits(part: str, name: str) -> int:
+        return 4 if part == "language" and name.startswith("layers.") else 8
+
+    return packed_copy(source, bits, checkpointing=checkpointing)
 
 
 def packs() -> list[Pack]:

@@ -3,7 +3,8 @@ samples in LaVIN's layout."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from engine.data.sample import IGNORE, Sample
 from models.adapters.mma import AdapterConfig
 from models.language.llama import LlamaConfig
 from models.pack import Pack
+from models.placement import fill
+from models.recompute import ActivationPolicy
 from models.vision.clip import ClipConfig
 from models.vlm import Legacy, VisionLanguageModel, VLMConfig
 
@@ -83,6 +86,26 @@ def tiny_model(config: VLMConfig, seed: int = 0) -> VisionLanguageModel:
             noise *= (4.0 if ".router." in name else 1.0) / parameter[0].numel() ** 0.5
         parameter.data.copy_(noise)
     return model.eval()
+
+
+def packed_copy(
+    source: VisionLanguageModel, bits: Callable[[str, str], int], *, checkpointing: bool = False
+) -> VisionLanguageModel:
+    """`source` with its linears stored in `bits` of (part, name within the part): as loading fills a model."""
+    cpu = torch.device("cpu")
+    with torch.device("meta"):
+        model = VisionLanguageModel(source.config)
+    if checkpointing:
+        layers = len(model.language.layers), len(model.vision.layers)
+        model.use_activation_policy(ActivationPolicy.uniform("keep_input", *layers))
+    model.start_trainable(0, cpu)
+    for part in ("language", "vision"):
+        stream = ((n, p.data) for n, p in source.get_submodule(part).named_parameters() if "_adapter." not in n)
+        bits_of = partial(bits, part)
+        fill(model.get_submodule(part), stream, bits=bits_of, device=cpu, dtype=torch.float32, source="test")
+    for name, parameter in source.trainable().items():
+        model.get_parameter(name).data.copy_(parameter)
+    return model
 
 
 def random_samples(layout: Sequence[tuple[int, bool]], seed: int = 0) -> tuple[list[Sample], list[Tensor | None]]:

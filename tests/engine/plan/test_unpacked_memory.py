@@ -19,10 +19,8 @@ from engine.plan.unpacked_memory import divide, least_scratch, share_of, use_mem
 from kernels import unpacked
 from kernels.few_rows import most_few_rows, set_few_rows
 from models.linear import pack_of
-from models.placement import fill
-from models.recompute import ActivationPolicy
 from models.vlm import VisionLanguageModel
-from tests.models.tiny import gradients, packs_of, random_samples, tiny_config, tiny_model
+from tests.models.tiny import gradients, packed_copy, packs_of, random_samples, tiny_config, tiny_model
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LAYER = [30, 10, 40, 20]  # q/k/v, o, gate/up, down
@@ -118,20 +116,11 @@ def test_the_plan_counts_it() -> None:
 
 def packed_model(*, checkpointing: bool) -> VisionLanguageModel:
     """Three layers in NF4."""
-    source = tiny_model(tiny_config(dropout=0.0))
-    with torch.device("meta"):
-        model = VisionLanguageModel(source.config)
-    if checkpointing:
-        model.use_activation_policy(ActivationPolicy.uniform("keep_input", 3, 6))
-    model.start_trainable(0, CPU)
-    for part in ("language", "vision"):
-        stream = ((n, p.data) for n, p in source.get_submodule(part).named_parameters() if "_adapter." not in n)
-        module, few = model.get_submodule(part), 4 if part == "language" else 16
-        bits = lambda name, few=few: few if ".attention." in name or ".mlp." in name else 16  # noqa: E731
-        fill(module, stream, bits=bits, device=CPU, dtype=torch.float32, source="test")
-    for name, parameter in source.trainable().items():
-        model.get_parameter(name).data.copy_(parameter)
-    return model
+
+    def bits(part: str, name: str) -> int:
+        return 4 if part == "language" and (".attention." in name or ".mlp." in name) else 16
+
+    return packed_copy(tiny_model(tiny_config(dropout=0.0)), bits, checkpointing=checkpointing)
 
 
 def step(model: VisionLanguageModel) -> dict[str, Tensor]:
