@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: csrc demo test lint compile-all sanitize benchmarks verify-real clean
+.PHONY: csrc demo test test-all lint compile-all sanitize benchmarks verify-real clean
 
 # The CUDA kernels for 4-bit and 8-bit weights, where nvcc is; elsewhere one line says what does without them.
 csrc: $(VENV)/.runtime
@@ -22,6 +22,10 @@ demo: $(VENV)/.runtime
 WORKERS ?= 2
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+# With the long sweeps too: every language model with every tower and every way to train.
+test-all: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "sweep or not sweep"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -16,6 +16,7 @@ from benchmarks import command
 from benchmarks.peers import require_csrc
 from benchmarks.problem import Bench, Case, Cost, Inputs, Problem, Variant, normal, seeded
 from benchmarks.step import DTYPE, MODELS, build, reference_kernels
+from models.adapters.mma import MMAdapter
 from models.cache import KVCache
 from models.linear import Linear
 from models.vlm import VisionLanguageModel
@@ -73,8 +74,8 @@ def _cache(vlm: VisionLanguageModel, batch: int, seen: int, device: torch.device
     shape = (batch, seen + ROOM, config.num_kv_heads, config.head_dim)
     for layer, block in zip(cache.layers, vlm.language.blocks(), strict=True):
         layer.keys, layer.values = (normal(generator, *shape, dtype=DTYPE) for _ in range(2))
-        for adapter in (block.attention_adapter, block.mlp_adapter):
-            if adapter is not None:
+        for adapter in block.modules():
+            if isinstance(adapter, MMAdapter):
                 layer.mix[adapter.site] = torch.full((2, 2), 0.5, device=device)
     return cache
 

@@ -180,12 +180,17 @@ _made: dict[str, VisionLanguageModel] = {}  # of the model that was asked for la
 
 
 def model(name: str, device: torch.device, dtype: torch.dtype) -> VisionLanguageModel:
-    """The 4-bit model of this name; the one before it is given back."""
+    """The 4-bit model of this name."""
+    return held(name, lambda: weights(SHAPES[name], device, dtype, bits=4), device)
+
+
+def held(name: str, make: Callable[[], VisionLanguageModel], device: torch.device) -> VisionLanguageModel:
+    """The model of this name, made where it is not the one that was asked for last, which then is given back."""
     if name not in _made:
         _made.clear()
         unpacked.release()
         release(device)
-        _made[name] = weights(SHAPES[name], device, dtype, bits=4)
+        _made[name] = make()
     return _made[name]
 
 

@@ -31,12 +31,14 @@ from engine.optim import decays
 from kernels.nf4 import NF4Tensor
 from kernels.nf4_bitsandbytes import to_quant_state
 from models.adapters.mma import AdapterConfig, MMAdapter
-from models.language.llama import Block as NibbleBlock
-from models.language.llama import LlamaConfig
+from models.language.block import Block as NibbleBlock
+from models.language.decoder import DecoderConfig
 from models.linear import Linear
+from models.mlp import PlainMLP
 from models.norm import Norm
-from models.vision.clip import Block as NibbleTowerBlock
-from models.vision.clip import ClipVision
+from models.projectors.mlp import LavinProjector
+from models.vision.block import Block as NibbleTowerBlock
+from models.vision.tower import Tower as NibbleTower
 from models.vlm import VisionLanguageModel
 
 PADDED = 512
@@ -85,7 +87,7 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Scores of all pairs, with an additive mask."""
 
-    def __init__(self, source: NibbleBlock, config: LlamaConfig, dtype: torch.dtype) -> None:
+    def __init__(self, source: NibbleBlock, config: DecoderConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.heads, self.head_dim = config.num_heads, config.head_dim
         attention = source.attention
@@ -116,7 +118,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Norms and adapter are outside of what is recomputed."""
 
-    def __init__(self, source: NibbleBlock, config: LlamaConfig, dtype: torch.dtype) -> None:
+    def __init__(self, source: NibbleBlock, config: DecoderConfig, dtype: torch.dtype) -> None:
         super().__init__()
         assert source.attention_adapter is not None
         self.attention_norm, self.ffn_norm = RMSNorm(source.attention_norm, dtype), RMSNorm(source.mlp_norm, dtype)
@@ -134,7 +136,7 @@ class TowerBlock(nn.Module):
 
     def __init__(self, source: NibbleTowerBlock, width: int, heads: int, dtype: torch.dtype) -> None:
         super().__init__()
-        assert isinstance(source.attention_adapter, MMAdapter)
+        assert isinstance(source.attention_adapter, MMAdapter) and isinstance(source.mlp, PlainMLP)
         packed = (source.attention.q, source.attention.k, source.attention.v)
         with torch.device("meta"):
             self.attn = nn.MultiheadAttention(width, heads, dtype=dtype)
@@ -168,8 +170,9 @@ class LayerNorm(nn.Module):
 class Tower(nn.Module):
     """CLIP: tiles [N, 3, H, W] -> class tokens of six blocks [N, 6, width]."""
 
-    def __init__(self, source: ClipVision, dtype: torch.dtype) -> None:
+    def __init__(self, source: NibbleTower, dtype: torch.dtype) -> None:
         super().__init__()
+        assert source.class_embedding is not None and source.pre_norm is not None
         config = source.config
         self.taps, self.patch_size = config.taps, config.patch_size
         self.conv1 = _frozen(source.patch_embed.weight.to(dtype))
@@ -217,9 +220,12 @@ class LavinLite(nn.Module):
     def __init__(self, vlm: VisionLanguageModel, dtype: torch.dtype) -> None:
         super().__init__()
         language, config = vlm.language, vlm.language.config
+        assert isinstance(vlm.projector, LavinProjector) and vlm.modality_embedding is not None
         self.config = config
         self.tok_embeddings = nn.Embedding.from_pretrained(language.embed.weight.detach().to(dtype), freeze=True)
-        self.layers = nn.ModuleList(Block(block, config, dtype) for block in language.blocks())
+        self.layers = nn.ModuleList(
+            Block(block, config, dtype) for block in language.blocks() if isinstance(block, NibbleBlock)
+        )
         self.norm = RMSNorm(language.norm, dtype)
         self.output = linear(language.head, dtype)
         self.tower = Tower(vlm.vision, dtype)

@@ -37,11 +37,12 @@ Written by `python -m benchmarks.report` from the rows in `results/`; do not edi
 
 With half an hour on a card, in this order; each line stops by itself, with what it has. Of a case the run counts that
 measured it last, so lines may be repeated alone (where the tree is a copy without git: --commit). Peers that are not
-installed (bitsandbytes, peft with transformers, liger-kernel) are told as not measured.
+installed (bitsandbytes, peft with transformers, liger-kernel) are told as not measured. How long a line takes is
+predicted, not measured (families: 180 s of its line's 480).
 
     python -m benchmarks.suite --seconds 480 --only csrc end_to_end --case model=7B
     python -m benchmarks.suite --seconds 420 --only csrc end_to_end --case model=13B
-    python -m benchmarks.suite --seconds 420 --quick --only csrc tests step parity packing
+    python -m benchmarks.suite --seconds 480 --quick --only csrc tests step parity packing families
     python -m benchmarks.suite --seconds 400 --quick --only csrc kernels
     python -m benchmarks.report
 
@@ -50,9 +51,10 @@ brackets the 20 % and 80 % quantiles, of passes over sets of random inputs that 
 the card's own copy bandwidth or matrix rate, measured in the same process; what is counted as bytes or operations
 stands at the head of each benchmark's file. `copy` moves the same bytes and does nothing else.
 
-Whole optimiser steps (packing, end_to_end, parity) are timed by the host's clock, from an idle device to an idle one;
-what each trainer does, and how its memory is counted, stands at the head of benchmarks/end_to_end.py, of whole_steps.py
-and of each peer's file. Their percentages are MFU4: 4 operations a weight and real token, nothing else.
+Whole optimiser steps (packing, end_to_end, parity, families) are timed by the host's clock, from an idle device to an
+idle one; what each trainer does, and how its memory is counted, stands at the head of benchmarks/end_to_end.py, of
+whole_steps.py, of families.py and of each peer's file. Their percentages are MFU4: 4 operations a weight and real
+token, nothing else.
 """
 
 PREDICTED = """## Predictions

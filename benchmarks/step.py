@@ -27,7 +27,9 @@ from kernels import dispatch, unpacked
 from kernels.dequantize_nf4 import dequantize_nf4_reference
 from kernels.int8 import Int8Tensor
 from models.adapters.mma import AdapterConfig
-from models.language.llama import LLAMA_7B, LLAMA_13B, Block, Context, LlamaConfig
+from models.adapters.names import is_adapter
+from models.language.decoder import Context, DecoderConfig, Layer, make_layer
+from models.language.llama import LLAMA_7B, LLAMA_13B, LlamaConfig
 from models.linear import Linear
 from models.norm import Norm
 from models.pack import Pack
@@ -71,19 +73,27 @@ def build(
     config: LlamaConfig, layers: int, device: torch.device, *, tower: ClipConfig = TOWER, bits: int = 4,
     dtype: torch.dtype = DTYPE, adapter: AdapterConfig = ADAPTER, ups: float = 0.1,
 ) -> VisionLanguageModel:  # fmt: skip
-    """The joint model with `layers` blocks of this shape, random weights, the language model's blocks in `bits`.
+    """LaVIN's joint model with `layers` blocks of this shape, as `random_model` makes it."""
+    shape = VLMConfig(language=replace(config, num_layers=layers), vision=tower, adapter=adapter)
+    return random_model(shape, device, bits=bits, dtype=dtype, ups=ups)
+
+
+def random_model(
+    config: VLMConfig, device: torch.device, *, bits: int = 4, dtype: torch.dtype = DTYPE, ups: float = 0.1
+) -> VisionLanguageModel:
+    """A model with random weights, the language model's blocks in `bits`: drawn on the device and quantised there, one
+    tensor at a time.
 
     `ups` is the standard deviation of the adapters' up-projections, which are zero at the start of a training: that
     would be faster.
     """
-    language = replace(config, num_layers=layers)
     with torch.device("meta"):
-        vlm = VisionLanguageModel(VLMConfig(language=language, vision=tower, adapter=adapter))
+        vlm = VisionLanguageModel(config)
     generator = torch.Generator(device).manual_seed(0)
 
     def weights(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, p in list(part.named_parameters()):  # filling it puts packed weights among them
-            if "_adapter." not in name:
+            if not is_adapter(name):
                 scale = p.shape[-1] ** -0.5 if p.ndim > 1 else 1.0
                 yield name, normal(generator, *p.shape, scale=scale)
 
@@ -96,7 +106,8 @@ def build(
         fill(part, weights(part), bits=bits_of, device=device, dtype=dtype, source="random weights")
     vlm.start_trainable(0, device)
     for name, parameter in vlm.trainable().items():
-        if ups and ".up" in name and name.endswith("weight"):
+        is_up = ("_adapter.up" in name and name.endswith("weight")) or name.endswith(".lora.b")
+        if ups and is_up:
             nn.init.normal_(parameter, std=ups, generator=generator)
     return vlm
 
@@ -126,7 +137,7 @@ def _layer(vlm: VisionLanguageModel, pack: Pack, device: torch.device) -> Proble
         stream = {name: normal(generator, tokens, config.dim) for name in ("x", "delta")}
         return stream | {name: p.clone() for name, p in adapter.items()}
 
-    def layer(of: Block, inputs: Inputs) -> tuple[Tensor, ...]:
+    def layer(of: Layer, inputs: Inputs) -> tuple[Tensor, ...]:
         trained = {name: inputs[name] for name in adapter}
         x, delta = torch.func.functional_call(of, trained, (inputs["x"], inputs["delta"], context))
         return x, delta
@@ -178,7 +189,7 @@ def _train_step(vlm: VisionLanguageModel, pack: Pack, device: torch.device) -> P
     )
 
 
-def block_weights(config: LlamaConfig) -> int:
+def block_weights(config: DecoderConfig) -> int:
     """Weights of one block's products."""
     attention = 2 * config.dim * (config.dim + config.num_kv_heads * config.head_dim)
     return attention + 3 * config.dim * config.ffn_dim
@@ -189,10 +200,10 @@ def _pairs(pack: Pack) -> float:
     return float((pack.segments.cu_seqlens.diff().double() ** 2).sum() / 2)
 
 
-def _wide(block: Block, config: LlamaConfig, device: torch.device) -> Block:
+def _wide(block: Layer, config: DecoderConfig, device: torch.device) -> Layer:
     """The block in fp32, with the weights that the quantized ones stand for."""
     with torch.device(device):
-        wide = Block(config, block.index)
+        wide = make_layer(config, block.index)
         for name in ("attention_adapter", "mlp_adapter"):
             setattr(wide, name, getattr(block, name))
     for name, module in wide.named_modules():

@@ -23,11 +23,11 @@ from benchmarks.problem import Bench, Yardstick
 from benchmarks.session import ROOT, new_run
 
 KERNELS = (
-    "rms_norm", "layer_norm", "norm_mma", "projector", "rope", "swiglu", "attention", "linear_cross_entropy",
-    "adamw", "dequantize_nf4", "linear_nf4", "linear_nf4_chain", "linear_int8", "lora_linear",
+    "rms_norm", "layer_norm", "norm_mma", "projector", "rope", "swiglu", "dropped_sum", "attention",
+    "linear_cross_entropy", "adamw", "dequantize_nf4", "linear_nf4", "linear_nf4_chain", "linear_int8", "lora_linear",
 )  # fmt: skip
 BENCHES = ("step", *KERNELS, "decode")
-YARDSTICKS = ("end_to_end", "parity", "packing")
+YARDSTICKS = ("end_to_end", "parity", "packing", "families")
 BEFORE = ("csrc", "tests")  # no benchmarks
 PARTS = (*BEFORE, "step", *YARDSTICKS, *KERNELS, "decode")
 GROUPS = {"kernels": (*KERNELS, "decode"), "whole": ("step", *YARDSTICKS)}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.workload import Workload
-from engine.data.packing import Reduction, collate, plan_packs, token_weights
+from engine.data.packing import LAVIN, PackForm, Reduction, collate, form_of, plan_packs, token_weights
 from engine.data.padding import pad
 from engine.distributed import Ranks
 from engine.graphs import CudaRecorder, GraphedPasses, Passes
@@ -66,8 +66,9 @@ class NibbleTrainer:
 
     def prepare(self, work: Workload) -> list[Pack]:
         """As the loader does it (engine/data/loader.py)."""
-        packs = packs_of(work, self.tokens, self.reduction)
-        return [pad(pack).pin_memory() for pack in packs] if self.device.type == "cuda" else packs
+        form = form_of(self.vlm.config)
+        packs = packs_of(work, self.tokens, self.reduction, form)
+        return [pad(pack, form.tile_tokens).pin_memory() for pack in packs] if self.device.type == "cuda" else packs
 
     def step(self, batch: list[Pack]) -> float:
         result = train_step(
@@ -84,15 +85,15 @@ class NibbleTrainer:
         return f"{passes.replayed} of {passes.replayed + passes.launched} passes by CUDA graphs"
 
 
-def packs_of(work: Workload, tokens: int, reduction: Reduction) -> list[Pack]:
+def packs_of(work: Workload, tokens: int, reduction: Reduction, form: PackForm = LAVIN) -> list[Pack]:
     """A step's packs of at most `tokens`."""
     plan = plan_packs(
         [len(sample.input_ids) for sample in work.samples], tokens,
-        tiles=[int(tile is not None) for tile in work.tiles],
+        tiles=[int(tile is not None) for tile in work.tiles], modality=form.modality,
     )  # fmt: skip
     weights = token_weights(work.samples, reduction)
     return [
-        collate([work.samples[i] for i in pack], [weights[i] for i in pack], [work.tiles[i] for i in pack])
+        collate([work.samples[i] for i in pack], [weights[i] for i in pack], [work.tiles[i] for i in pack], form=form)
         for pack in plan
     ]
 

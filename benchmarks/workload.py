@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks import lengths
 from benchmarks.step import PROMPT_SHARE
 from engine.data.sample import IGNORE, Sample
-from models.vision.clip import NUM_TAPS
+from models.vision.config import NUM_TAPS
 
 FIRST_SLOT = 4  # of an image's tokens, behind BOS and "Image: "
 HEAD = FIRST_SLOT + NUM_TAPS  # an image sample's first tokens, never targets

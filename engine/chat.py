@@ -39,7 +39,8 @@ def answer(trained: Trained, question: str, image: str, sampling: Sampling, gene
     tokenizer = trained.tokenizer
     written = generate(
         trained.model, [prompt], [tile],
-        sampling=sampling, generator=generator, eos_id=tokenizer.eos_id, device=trained.device,
+        sampling=sampling, generator=generator, eos_id=tokenizer.eos_id, stop_ids=tokenizer.stop_ids,
+        device=trained.device,
     )  # fmt: skip
     return tokenizer.decode(written[0])
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
-from engine.config import ChatConfig, Config, EvalConfig, Optim, Runtime, get, leaves
+from engine.config import ChatConfig, Config, EvalConfig, Model, Optim, Runtime, get, leaves, trained_vision
 from engine.data.prompts import check_format
 from engine.errors import UsageError
 from engine.memory_size import parse_size
@@ -39,6 +40,9 @@ BOUNDS: dict[str, Bound] = {
     "temperature": Bound(0),
     "top_p": Bound(0, 1.0000001),
     "model.projector_hidden": Bound(1),
+    "lora.rank": Bound(1, 257),
+    "lora.alpha": Bound(0, open_low=True),
+    "lora.dropout": Bound(0, 1),
     "model.drop_path": Bound(0, 1),
     "adapter.dim": Bound(2),
     "adapter.scale": Bound(0, open_low=True),
@@ -71,6 +75,7 @@ OF_GENERATION = (
     "max_batch_size", "max_new_tokens", "generation_temperature", "top_p", "legacy.decode_positions",
     "legacy.score_whole_text",
 )  # fmt: skip
+PROJECTORS = re.compile(r"auto|lavin|linear|mlp[1-9]\d*x_gelu|identity|sppv[123]|minigpt|vanilla|ldp")
 OF_A_RUN = ("model.", "adapter.", "dataset.", "legacy.")
 BESIDE_A_RUN = ("dataset.root", "legacy.decode_positions", "legacy.score_whole_text", "legacy.eval_8bit_as_4bit")
 
@@ -95,9 +100,13 @@ def validate(config: Checked) -> Checked:
     return config
 
 
-def effectless(config: Config | EvalConfig) -> list[str]:
-    """One sentence for each setting that differs from its default and changes nothing in this combination."""
-    notes = list(_effectless_training(config) if isinstance(config, Config) else _effectless_evaluation(config))
+def effectless(config: Config | EvalConfig, base: Config | None = None) -> list[str]:
+    """One sentence for each setting that differs from its default and changes nothing in this combination. `base`: the
+    recipe, whose adapters may be of another kind than a flag asks for."""
+    if isinstance(config, Config):
+        notes = [*_effectless_training(config), *_effectless_adapters(config, Config() if base is None else base)]
+    else:
+        notes = list(_effectless_evaluation(config))
     if config.runtime.device == "cpu":
         notes += [
             f"--runtime.{name} has no effect with --runtime.device cpu" for name in about_unpacking(config.runtime)
@@ -146,6 +155,7 @@ def _check_memory(config: Config | EvalConfig | ChatConfig) -> None:
 def _check_model(config: Config | EvalConfig) -> None:
     if config.model.delta and not config.model.language:
         raise UsageError("a delta without what it is added to", where="--model.delta", do="give --model.language")
+    _check_projector(config)
     if config.adapter.dim % 2:
         raise UsageError(
             f"adapter.dim is {config.adapter.dim}", where="--adapter.dim", why="its two groups must be equally wide"
@@ -156,6 +166,29 @@ def _check_model(config: Config | EvalConfig) -> None:
         raise UsageError(
             f"dataset.options is {letters!r}", where="--dataset.options", do="give different capital letters: ABCDE"
         )
+
+
+def _check_projector(config: Config | EvalConfig) -> None:
+    model = config.model
+    if not PROJECTORS.fullmatch(model.projector):
+        raise UsageError(
+            f"model.projector is {model.projector!r}", where="--model.projector",
+            do="give auto, lavin, linear, mlp2x_gelu (any number in place of the 2), identity, sppv1, sppv2, sppv3, "
+            "minigpt, vanilla or ldp",
+        )  # fmt: skip
+    if model.projector != "lavin":
+        return
+    if model.projector_weights:
+        raise UsageError(
+            "model.projector_weights with the lavin projector", where="--model.projector_weights",
+            why="LaVIN keeps its projector among its adapters", do="--adapter.init FILE.pth",
+        )  # fmt: skip
+    if model.select_layer is not None or model.select_feature != "auto":
+        raise UsageError(
+            "the lavin projector with a layer or a feature of the tower",
+            where="--model.select_layer and --model.select_feature",
+            why="it reads the class tokens of six layers", do="leave both out, or --model.projector mlp2x_gelu",
+        )  # fmt: skip
 
 
 def _check_data(config: Config) -> None:
@@ -200,12 +233,12 @@ def _check_training(config: Config) -> None:
                 f"train.{part} full with {path} {bits}",
                 where=f"--{path}",
                 why="quantized weights cannot be trained",
-                do=f"--{path} 16bit, or --train.{part} mma",
+                do=f"--{path} 16bit, or --train.{part} lora (or mma)",
             )
     for part in ("language", "vision"):
-        if config.log.lavin_checkpoints and get(train, part) == "full":
+        if config.log.lavin_checkpoints and get(train, part) in ("full", "lora"):
             raise UsageError(
-                f"log.lavin_checkpoints with train.{part} full",
+                f"log.lavin_checkpoints with train.{part} {get(train, part)}",
                 where="--log.lavin_checkpoints",
                 why="LaVIN's files hold adapters and the projector only",
                 do="--log.no_lavin_checkpoints: the run's own checkpoints hold all that trains",
@@ -230,6 +263,7 @@ def _check_evaluation(config: EvalConfig) -> None:
 
 def _effectless_training(config: Config) -> Iterator[str]:
     adapter, train, dataset, optim = config.adapter, config.train, config.dataset, config.optim
+    vision = trained_vision(config)
     if config.eval_every and not config.eval_data:
         yield "--eval_every has no effect without --eval_data"
     if config.json and not config.plan:
@@ -249,8 +283,8 @@ def _effectless_training(config: Config) -> Iterator[str]:
         yield f"warm-up lasts {optim.warmup_epochs:g} of {optim.epochs} epochs: the peak learning rate is never reached"
     if train.language != "mma" and adapter.language != "attn":
         yield f"--adapter.language {adapter.language} has no effect with --train.language {train.language}"
-    if train.vision != "mma" and adapter.vision != "router":
-        yield f"--adapter.vision {adapter.vision} has no effect with --train.vision {train.vision}"
+    if vision != "mma" and adapter.vision != "router":
+        yield f"--adapter.vision {adapter.vision} has no effect with --train.vision {vision}"
     scienceqa = dataset.format == "scienceqa" or (dataset.format == "auto" and not config.data)
     for name, changed in (
         ("use_caption", dataset.use_caption),
@@ -262,15 +296,35 @@ def _effectless_training(config: Config) -> Iterator[str]:
             yield f"--dataset.{name} has no effect: the data are not ScienceQA's"
     if dataset.captions and not dataset.use_caption:
         yield "--dataset.captions has no effect without --dataset.use_caption"
+    with_mma = "--train.vision mma"
     for switch, works, needs in (
-        ("normal_adapter", adapter.vision == "normal", "--adapter.vision normal"),
+        ("clip_router", vision == "mma", with_mma),
+        ("normal_adapter", vision == "mma", with_mma),
+        ("normal_adapter", vision != "mma" or adapter.vision == "normal", "--adapter.vision normal"),
         ("vicuna_permutation", bool(config.model.delta), "--model.delta"),
-        ("block_routing", adapter.language == "block", "--adapter.language block"),
+        ("block_routing", train.language == "mma", "--train.language mma"),
+        ("block_routing", train.language != "mma" or adapter.language == "block", "--adapter.language block"),
         ("eval_8bit_as_4bit", config.bits == "8bit", "--bits 8bit"),
         ("chat_length", dataset.format == "chat", "--dataset.format chat"),
     ):
         if get(config.legacy, switch) and not works:
             yield f"--legacy.{switch} has no effect without {needs}"
+
+
+def _effectless_adapters(config: Config, base: Config) -> Iterator[str]:
+    """LoRA's settings where nothing has a LoRA, MMA's where nothing has an MMA adapter."""
+    trained = (config.train.language, trained_vision(config))
+    for kind, paths in (
+        ("lora", ("lora.rank", "lora.alpha", "lora.dropout", "lora.targets")),
+        ("mma", ("adapter.dim", "adapter.scale", "adapter.temperature", "adapter.dropout")),
+    ):
+        for path in paths:
+            if kind not in trained and get(config, path) != get(base, path):
+                yield f"--{path} has no effect: neither --train.language nor --train.vision is {kind}"
+    if config.lora.targets and config.train.language != "lora" and config.train.vision == "lora":
+        yield "--lora.targets has no effect without --train.language lora: in a tower all linears have LoRA"
+    if config.model.projector_hidden != Model().projector_hidden and config.model.projector not in ("auto", "lavin"):
+        yield f"--model.projector_hidden has no effect with --model.projector {config.model.projector}"
 
 
 def _effectless_evaluation(config: EvalConfig) -> Iterator[str]:

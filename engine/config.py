@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+LAVIN_LENGTH = 512  # tokens of a sample
 Bits = Literal["4bit", "8bit", "16bit"]
 BITS = {"4bit": 4, "8bit": 8, "16bit": 16}
-Trained = Literal["frozen", "mma", "full"]
+Trained = Literal["frozen", "mma", "lora", "full"]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -23,15 +24,29 @@ class Model:
     """The networks and where their weights are. Without weights a small embedded demo model is used."""
 
     language: str = ""
-    """Folder of LLaMA weights, Meta's layout or Hugging Face's. Empty: the embedded demo."""
+    """Folder or Hub id of a language model or of a whole vision-language model. Empty: the embedded demo."""
     tokenizer: str = ""
-    """tokenizer.model. Empty: the one in the language model's folder, or in the folder above."""
+    """tokenizer.model or tokenizer.json. Empty: the one in the language model's folder, or in the folder above."""
     vision: str = ""
-    """OpenAI's ViT-L-14.pt or a Hugging Face CLIP folder. Empty: searched beside the language model and in caches."""
+    """Folder, file or Hub id of a CLIP, EVA02-CLIP or SigLIP tower. Empty: a VLM checkpoint's, else searched for."""
     delta: str = ""
     """Hugging Face folder whose weights are added to the language model's (a Vicuna delta)."""
+    projector: str = "auto"
+    """lavin, linear, mlpNx_gelu, identity, Bunny's sppv1 to sppv3, minigpt, vanilla, or ldp. auto: a VLM checkpoint's;
+    else lavin (CLIP and MMA) or mlp2x_gelu."""
     projector_hidden: int = 128
-    """Width of the projector's hidden layer."""
+    """Width of the hidden layer of the lavin projector."""
+    projector_weights: str = ""
+    """Projector weights to start from: mm_projector.bin, or a folder with it."""
+    select_layer: int | None = None
+    """Layer of the tower whose tokens are taken, as -2. None: what a VLM checkpoint says, else -2. Not with lavin."""
+    select_feature: Literal["auto", "patch", "cls_patch"] = "auto"
+    """Which tokens: patches, or the class token too. auto: what a VLM checkpoint says, else patch. Not with lavin."""
+    s2: str = "auto"
+    """Pixels a side at which a SigLIP tower sees a picture (S2), 384,768,1152. auto: a VLM checkpoint's, else none."""
+    patch_merge: Literal["auto", "flat", "spatial", "spatial_unpad"] = "auto"
+    """How the tokens of anyres tiles are put together: one tile after another, or row by row of the picture, without
+    the tiles' black bars (unpad). auto: what a VLM checkpoint says, else flat."""
     drop_path: float = 0.0
     """Probability to drop a residual branch of the language model while training."""
     cache_weights: bool = True
@@ -55,7 +70,21 @@ class Adapter:
     vision: Literal["normal", "router", "router_block"] = "router"
     """The vision tower's adapters: without router, with one, or with one also before the MLP."""
     init: str = ""
-    """Adapter weights to start from: one of LaVIN's .pth files, or a run directory of ours."""
+    """Weights to start from: one of LaVIN's .pth files, a run directory of ours, or a LoRA folder (PEFT's, LLaVA's)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Lora:
+    """LoRA: a low-rank update of linears, for each part whose `train` says lora."""
+
+    rank: int | None = None
+    """Rank of the update. None: what the LoRA folder of adapter.init says, else 64."""
+    alpha: float | None = None
+    """The update is scaled by alpha / rank. None: what the LoRA folder of adapter.init says, else 16."""
+    dropout: float = 0.05
+    """Dropout on the update's input while training."""
+    targets: str = ""
+    """Linears of the language model, q_proj,v_proj or attention.q,mlp.up. Empty: all in its blocks. A tower: all."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -63,11 +92,11 @@ class Train:
     """What learns, part by part."""
 
     language: Trained = "mma"
-    """The language model: frozen, MMA adapters, or every weight (16bit only)."""
-    vision: Trained = "mma"
-    """The vision tower: frozen, MMA adapters, or every weight (16bit only)."""
+    """The language model: frozen, MMA adapters, LoRA, or every weight (16bit only)."""
+    vision: Literal["auto", "frozen", "mma", "lora", "full"] = "auto"
+    """The vision tower: as the language model. auto: frozen where the language model trains LoRA, else mma."""
     projector: Literal["frozen", "full"] = "full"
-    """The projector between the two."""
+    """The projector between the two. Alone (LLaVA's stage 1): --train.language frozen --train.vision frozen."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -90,8 +119,14 @@ class Dataset:
     """Add the picture's caption to the context."""
     options: str = "ABCDE"
     """Letters of the choices."""
-    max_seq_len: int = 512
-    """Tokens after which a sample is cut."""
+    max_seq_len: int | None = None
+    """Tokens after which a sample is cut. None: what a VLM checkpoint says, else 512 where a picture takes few tokens
+    (LaVIN), 2,048 where it takes many (LLaVA, Bunny), 4,096 with anyres (LLaVA-NeXT)."""
+    image_aspect_ratio: Literal["auto", "square", "pad", "anyres"] = "auto"
+    """How pictures fit the tower: cut or squashed to its square, padded to one, or cut into tiles (anyres). auto: what
+    a VLM checkpoint says, else square."""
+    anyres_grids: str = "auto"
+    """Tiles across x down that anyres chooses from, 2x2,1x3. auto: a VLM checkpoint's, else 1x2,2x1,2x2,3x1,1x3."""
     num_workers: int = 2
     """Threads that prepare steps ahead: rows, pictures, packs. 0: none."""
 
@@ -242,6 +277,7 @@ class Config:
     """Show tracebacks."""
     model: Model = field(default_factory=Model)
     adapter: Adapter = field(default_factory=Adapter)
+    lora: Lora = field(default_factory=Lora)
     train: Train = field(default_factory=Train)
     dataset: Dataset = field(default_factory=Dataset)
     optim: Optim = field(default_factory=Optim)
@@ -344,10 +380,19 @@ def dataset_format(config: Config) -> str:
     return "rows" if config.data else "scienceqa"
 
 
+def trained_vision(config: Config) -> Trained:
+    """What learns in the tower; `auto` is LaVIN's adapters, but where the language model has LoRA nothing: the tower of
+    LLaVA and Bunny."""
+    if config.train.vision != "auto":
+        return config.train.vision
+    return "frozen" if config.train.language == "lora" else "mma"
+
+
 def longest_sample(config: Config) -> int:
-    """Tokens after which a sample is cut, its modality token among them."""
+    """Tokens after which a sample is cut, its modality token among them; LaVIN's until it is known what a picture takes
+    (engine/pictures.py)."""
     chat_cut = config.legacy.chat_length and dataset_format(config) == "chat"
-    return 512 if chat_cut else config.dataset.max_seq_len
+    return LAVIN_LENGTH if chat_cut or config.dataset.max_seq_len is None else config.dataset.max_seq_len
 
 
 def run_directory(config: Config) -> Path:

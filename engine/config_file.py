@@ -59,9 +59,12 @@ def from_yaml(path: str | Path, tree: type[Tree] = Config) -> Tree:  # type: ign
 
 
 def refuse_interpolation(content: object, where: str, path: str = "") -> None:
-    """Raises UsageError where a text in `content` (nested dicts) would have OmegaConf fill something in."""
+    """Raises UsageError where a text in `content` (nested dicts and lists) would have OmegaConf fill something in."""
     if isinstance(content, dict):
         for key, value in content.items():
             refuse_interpolation(value, where, f"{path}.{key}" if path else str(key))
+    elif isinstance(content, list):
+        for value in content:
+            refuse_interpolation(value, where, path)
     elif isinstance(content, str) and ("${" in content or content == "???"):
         raise UsageError(f"{path} is {content!r}", where=where, why="values are taken as they stand")

@@ -11,6 +11,7 @@ import torch
 from engine.build import open_scienceqa
 from engine.config import dataset_format
 from engine.data.prompts import question_with_options
+from engine.data.scienceqa import ScienceQA
 from engine.environment import device_name
 from engine.errors import DataError
 from engine.metrics import read_metrics, series
@@ -50,7 +51,7 @@ def _next_commands(setup: Setup) -> list[str]:
     if dataset_format(config) != "scienceqa":
         return [ask]
     try:
-        benchmark = setup.benchmark or open_scienceqa(config, setup.sources.tokenizer, config.dataset.eval_split)
+        benchmark = setup.benchmark or _benchmark(setup)
     except DataError:  # nobody asked for it, and the run is through
         return [ask]
     asked = f"python chat.py --run {run}"
@@ -60,6 +61,11 @@ def _next_commands(setup: Setup) -> list[str]:
             asked += f" --image {shlex.quote(image)} --question {shlex.quote(question_with_options(problem))}"
             break
     return [f"python eval.py --run {run} --task scienceqa --split {config.dataset.eval_split}", asked]
+
+
+def _benchmark(setup: Setup) -> ScienceQA:
+    config = setup.config
+    return open_scienceqa(config, setup.sources.tokenizer, config.dataset.eval_split, setup.model.config)
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -25,15 +25,17 @@ from engine.config import ChatConfig, Config, EvalConfig, get, leaves
 from engine.config_file import from_yaml, refuse_interpolation
 from engine.dialects import lavin
 from engine.errors import UsageError
+from engine.export.config import ExportConfig, check_export
 from engine.suggest import did_you_mean
 
-Tree = TypeVar("Tree", Config, EvalConfig, ChatConfig)
+Tree = TypeVar("Tree", Config, EvalConfig, ChatConfig, ExportConfig)
 
 DEMO = Path(__file__).parent / "demo" / "demo.yaml"  # the settings where nothing is named to train on
 WHAT_TO_TRAIN = {"data", "dataset.root", "model.language"}
 FILES = {  # leaves that name a file or a folder
     "data", "image_folder", "output_dir", "eval_data", "resume", "run", "output", "image", "model.language",
-    "model.tokenizer", "model.vision", "model.delta", "adapter.init", "dataset.root", "dataset.captions",
+    "model.tokenizer", "model.vision", "model.delta", "model.projector_weights", "adapter.init", "dataset.root",
+    "dataset.captions", "checkpoint", "base", "tokenizer", "vision",
 }  # fmt: skip
 
 
@@ -56,7 +58,7 @@ def parse_train(argv: Sequence[str]) -> tuple[Config, list[str]]:
     if spoken:
         flags, notes = lavin.train(flags, base if recipe else None)
     config = validate(_override(base, flags, lavin.TRAIN, spoken=spoken))
-    return config, [*notes, *effectless(config)]
+    return config, [*notes, *effectless(config, base)]
 
 
 def parse_eval(argv: Sequence[str]) -> tuple[EvalConfig, list[str]]:
@@ -75,6 +77,12 @@ def parse_chat(argv: Sequence[str]) -> ChatConfig:
     """The checked configuration of chat.py. Raises as parse_train does."""
     _help(argv, ChatConfig, "chat.py", "Talk to a trained run.")
     return validate(_override(ChatConfig(), split(argv), (), spoken=False))
+
+
+def parse_export(argv: Sequence[str]) -> ExportConfig:
+    """The checked configuration of export.py. Raises as parse_train does."""
+    _help(argv, ExportConfig, "export.py", "Write a run or a checkpoint in another project's format, or an average.")
+    return check_export(_override(ExportConfig(), split(argv), (), spoken=False))
 
 
 def _help(argv: Sequence[str], tree: type[Tree], program: str, description: str) -> None:
@@ -118,10 +126,12 @@ def _at_home(tree: Tree) -> Tree:
     return tree
 
 
-def _value(flag: Flag, kind: Any) -> str | bool | None:
-    """A flag's value, still as text unless it is a switch or None."""
+def _value(flag: Flag, kind: Any) -> str | bool | list[str] | None:
+    """A flag's value, still as text unless it is a switch, a list or None."""
     if kind is bool:
         return flag.on
+    if kind == list[str]:
+        return list(flag.values)
     optional = type(None) in typing.get_args(kind)
     return None if optional and flag.value == "None" else flag.value
 

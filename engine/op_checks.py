@@ -22,6 +22,7 @@ from kernels.adamw import adamw, adamw_reference
 from kernels.attention import varlen_attention, varlen_attention_reference
 from kernels.decode_attention import decode_attention, decode_attention_reference
 from kernels.dequantize_nf4 import dequantize_nf4
+from kernels.dropped_sum import dropped_sum, dropped_sum_reference
 from kernels.int8 import Int8Tensor, dequantize_int8, quantize_int8
 from kernels.layer_norm import add_layer_norm, layer_norm, layer_norm_reference
 from kernels.linear_act import linear_act, linear_act_reference
@@ -227,11 +228,22 @@ def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
         name="swiglu_packed", trained=(draw(T, 2 * D),), decided_as="swiglu", op=swiglu_packed,
         formula=lambda gate_up: swiglu_reference(*gate_up.chunk(2, dim=1)),
     )  # fmt: skip
+    yield Case(
+        name="dropped_sum", trained=(draw(T, D), draw(T, D)), fixed=(seed,),
+        op=lambda a, b, seed: dropped_sum(a, b, dropout=0.1, seed=seed, site=1 << 17),
+        formula=lambda a, b, seed: dropped_sum_reference(a, b, 0.1, seed, 1 << 17),
+    )  # fmt: skip
     bounds = torch.tensor([0, 1, 2, 37, 37, T], dtype=torch.int32)  # lengths as in a pack, an empty one too
     yield Case(
         name="attention", trained=(draw(T, 4, 32), draw(T, 2, 32), draw(T, 2, 32)), fixed=(bounds,),
         op=lambda q, k, v, bounds: varlen_attention(q, k, v, bounds, 35, causal=True),
         formula=lambda q, k, v, bounds: varlen_attention_reference(q, k, v, bounds, causal=True),
+    )  # fmt: skip
+    yield Case(
+        name="attention in a window", trained=(draw(T, 4, 32), draw(T, 2, 32), draw(T, 2, 32)), fixed=(bounds,),
+        op=lambda q, k, v, bounds: varlen_attention(q, k, v, bounds, 35, causal=True, window=9),
+        formula=lambda q, k, v, bounds: varlen_attention_reference(q, k, v, bounds, causal=True, window=9),
+        decided_as="attention",
     )  # fmt: skip
     yield Case(
         name="bidirectional attention", trained=tuple(draw(T, 2, 72) for _ in range(3)), fixed=(bounds,),
@@ -240,16 +252,25 @@ def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
         decided_as="attention",
     )  # fmt: skip
     lengths, cache = torch.tensor([0, 36, 20]), tuple(draw(3, 37, 2, 32) for _ in range(2))
-    yield Case(
-        name="decode_attention", fixed=(draw(3, 4, 32), draw(3, 2, 32), draw(3, 2, 32), *cache, lengths),
-        op=lambda q, k, v, keys, values, lengths: decode_attention(q, k, v, 1 * keys, 1 * values, lengths),
-        formula=lambda q, k, v, keys, values, lengths: decode_attention_reference(
-            q, k, v, 1 * keys, 1 * values, lengths, 32**-0.5
-        ),
-    )  # fmt: skip
+    for name, window in (("decode_attention", None), ("decode_attention in a window", 9)):
+        yield Case(
+            name=name, fixed=(draw(3, 4, 32), draw(3, 2, 32), draw(3, 2, 32), *cache, lengths),
+            op=lambda q, k, v, keys, values, lengths, window=window: decode_attention(
+                q, k, v, 1 * keys, 1 * values, lengths, window=window
+            ),
+            formula=lambda q, k, v, keys, values, lengths, window=window: decode_attention_reference(
+                q, k, v, 1 * keys, 1 * values, lengths, 32**-0.5, window
+            ), decided_as="decode_attention",
+        )  # fmt: skip
     yield Case(
         name="linear_cross_entropy", trained=(draw(T, D), draw(321, D)), fixed=(torch.arange(T) * 4, draw32(T).abs()),
         op=linear_cross_entropy, formula=linear_cross_entropy_reference,
+    )  # fmt: skip
+    yield Case(
+        name="linear_cross_entropy with a bias", trained=(draw(T, D), draw(321, D), draw32(321)),
+        fixed=(torch.arange(T) * 4, draw32(T).abs()), decided_as="linear_cross_entropy",
+        op=lambda h, w, b, labels, weights: linear_cross_entropy(h, w, labels, weights, bias=b),
+        formula=lambda h, w, b, labels, weights: linear_cross_entropy_reference(h, w, labels, weights, b),
     )  # fmt: skip
     yield Case(
         name="adamw", fixed=(draw32(T * D), draw(T * D), draw32(T * D), draw32(T * D).square(), torch.tensor([0.5])),

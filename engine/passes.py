@@ -10,6 +10,7 @@ from engine.config import Config
 from engine.data.planning import most_tiles
 from engine.distributed import Ranks
 from engine.graphs import CudaRecorder, GraphedPasses, Passes
+from engine.pictures import in_order
 from engine.tower_cache import TowerCache, keeps_features
 from models.vlm import VisionLanguageModel
 
@@ -21,7 +22,8 @@ def choose_passes(
 ) -> Passes:
     """For a run over `num_samples` samples; says in the log what was chosen and why."""
     features = None
-    if keeps_features(model.vision):
+    itemsize = model.vision.patch_embed.weight.dtype.itemsize
+    if keeps_features(model.vision, itemsize) and in_order(config, model.config):
         most_new = most_tiles(config.runtime.tokens_per_batch)
         features = TowerCache(model.vision, device, images=num_samples, most_new=most_new)
         logger.info("the vision tower is frozen: its features of %d images are kept", features.places.rows)

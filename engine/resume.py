@@ -19,9 +19,11 @@ FREE = (
     "output_dir", "recipe", "resume", "plan", "json", "dry_run", "debug", "log.", "runtime.", "eval_data", "eval_every",
     "data", "image_folder", "dataset.root", "dataset.captions", "dataset.num_workers", "dataset.eval_split",
     "model.language", "model.tokenizer", "model.vision", "model.delta", "model.cache_weights",
-    "adapter.init", "optim.epochs", "gradient_checkpointing", "memory_budget", "legacy.decode_positions",
-    "legacy.score_whole_text", "legacy.eval_8bit_as_4bit",
+    "model.projector_weights", "adapter.init", "optim.epochs", "gradient_checkpointing", "memory_budget",
+    "legacy.decode_positions", "legacy.score_whole_text", "legacy.eval_8bit_as_4bit",
 )  # fmt: skip
+# A run records what `auto` came to; runs from before there were these settings did not.
+RECORDED_NOW = ("model.projector", "model.patch_merge", "dataset.image_aspect_ratio")
 
 
 def changed_settings(before: Config, now: Config) -> list[str]:
@@ -29,7 +31,8 @@ def changed_settings(before: Config, now: Config) -> list[str]:
     changed = []
     for path in leaves(Config):
         is_free = any(path == free or (free.endswith(".") and path.startswith(free)) for free in FREE)
-        if not is_free and get(before, path) != get(now, path):
+        is_unknown = path in RECORDED_NOW and get(before, path) == "auto"
+        if not is_free and not is_unknown and get(before, path) != get(now, path):
             changed.append(f"{path}: {get(before, path)!r}, now {get(now, path)!r}")
     return changed
 

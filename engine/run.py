@@ -8,26 +8,18 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from engine.build import (
-    Sources,
-    build_model,
-    layout_of,
-    load_trained,
-    open_dataset,
-    open_scienceqa,
-    open_sources,
-    router_temperature,
-    vlm_config,
-)
+from engine.architecture import record
+from engine.build import build_model, layout_of, open_dataset, open_scienceqa
 from engine.config import Config, is_demo, run_directory
 from engine.config_file import to_yaml
 from engine.data.images import TileReader
 from engine.data.loader import StepLoader
+from engine.data.packing import form_of
 from engine.data.preview import describe
 from engine.data.rows import Rows
 from engine.data.sample import Dataset
@@ -36,11 +28,13 @@ from engine.distributed import Ranks, ranks
 from engine.environment import describe_environment, device_name
 from engine.errors import INTERRUPTED, CheckpointError, NibbleError, Stopped, as_nibble_error
 from engine.evaluation.validation import validation_loss
+from engine.export.lavin_args import lavin_args
 from engine.finish import finish
 from engine.graphs import GraphedPasses
 from engine.metrics import Metrics
 from engine.optim import Optimizer
 from engine.passes import choose_passes
+from engine.pictures import processor
 from engine.plan.make import bytes_of, make_plan, plan_text
 from engine.plan.out_of_memory import Attempt, explained, present_card
 from engine.plan.unpacked_memory import use_memory
@@ -53,8 +47,11 @@ from engine.schedule import CosineSchedule
 from engine.settle import settle_memory
 from engine.setup import Setup
 from engine.signals import StopSignals
+from engine.sources import Sources, open_sources
+from engine.starting import read_start
 from engine.trainer import Trainer
 from kernels.dispatch import set_backend
+from models.vlm import VLMConfig
 from models.weights.identity import identity
 from models.weights.lavin import write_lavin_adapters
 
@@ -158,17 +155,21 @@ def _run(attempt: Attempt, argv: Sequence[str], max_steps: int | None) -> None:
     full = "full" in (config.train.language, config.train.vision)
     dtype, why = choose_dtype(config.runtime.precision, device, full_training=full)
     sources = open_sources(config)
-    config.adapter.temperature = router_temperature(config, sources.language.config)  # as the run records it
-    dataset = open_dataset(config, sources.tokenizer)
+    shape = record(config, sources)
+    start = read_start(shape, Path(config.adapter.init), sources.files) if config.adapter.init else None
+    dataset = open_dataset(config, sources.tokenizer, shape)
     sampler = StepSampler(len(dataset), config.optim.samples_per_step(me.world), config.seed)
     wanted = config.log.evaluate != "none"  # opened, and so checked, before the hours of training
-    benchmark = open_scienceqa(config, sources.tokenizer, config.dataset.eval_split) if wanted else None
-    me.say(_before(config, sources, dataset, sampler, me, device, f"{str(dtype).removeprefix('torch.')} ({why})"))
+    benchmark = open_scienceqa(config, sources.tokenizer, config.dataset.eval_split, shape) if wanted else None
+    precision = f"{str(dtype).removeprefix('torch.')} ({why})"
+    me.say(_before(config, sources, shape, dataset, sampler, me, device, precision))
 
     model = build_model(config, sources, device=device, dtype=dtype, is_main=me.is_main)
-    if config.adapter.init:
-        me.say(f"adapters start from {load_trained(model, Path(config.adapter.init), sources.files)}")
-    reader = TileReader(sources.vision.config.image_size)
+    if start is not None:
+        start.put(model)
+        me.say(f"adapters start from {start.source}")
+    del start  # of a run that trained everything it is as large as the model
+    reader = TileReader(processor(config, shape))
     setup = Setup(config, sources, model, reader, me, device, rundir, benchmark)
     if not config.model.language and not is_demo(config):
         me.say("warning: without --model.language your data train the demo's toy model of 640 word pieces")
@@ -202,13 +203,12 @@ def _run(attempt: Attempt, argv: Sequence[str], max_steps: int | None) -> None:
 
 
 def _before(
-    config: Config, sources: Sources, dataset: Dataset, sampler: StepSampler, me: Ranks, device: torch.device,
-    precision: str,
+    config: Config, sources: Sources, shape: VLMConfig, dataset: Dataset, sampler: StepSampler, me: Ranks,
+    device: torch.device, precision: str,
 ) -> str:  # fmt: skip
     dense_bytes = 4 if precision.startswith("float32") else 2
-    shapes = vlm_config(config, sources.language.config, sources.vision.config)
     plan = make_plan(
-        config, shapes, str(sources.language.files[0].parent),
+        config, shape, str(sources.language.files[0].parent),
         num_ranks=me.world, dense_bytes=dense_bytes, on_cuda=device.type == "cuda", samples=len(dataset),
         weight_bytes=bytes_of(sources.files), card=present_card(device),
     )  # fmt: skip
@@ -229,7 +229,7 @@ def _trainer(setup: Setup, attempt: Attempt, dataset: Dataset, sampler: StepSamp
         dataset, sampler, setup.reader, tokens_per_batch=config.runtime.tokens_per_batch, reduction=optim.reduction,
         micro_batch=optim.batch_size, rank=me.rank, ranks=me.world, num_workers=config.dataset.num_workers,
         legacy_clip_router=config.legacy.clip_router, few_shapes=isinstance(passes, GraphedPasses),
-        pinned=setup.device.type == "cuda", places=passes.places,
+        pinned=setup.device.type == "cuda", places=passes.places, form=form_of(setup.model.config),
     )  # fmt: skip
     schedule = CosineSchedule(
         lr=optim.peak_lr(me.world), min_lr=optim.min_lr, epochs=optim.epochs, warmup_epochs=optim.warmup_epochs,
@@ -264,7 +264,7 @@ def _trainer(setup: Setup, attempt: Attempt, dataset: Dataset, sampler: StepSamp
 def _validation(setup: Setup, attempt: Attempt) -> _Validation | None:
     if not setup.config.eval_data:
         return None
-    layout = layout_of(setup.config, setup.sources.tokenizer)
+    layout = layout_of(setup.config, setup.sources.tokenizer, setup.model.config)
     return _Validation(setup, attempt, Rows(setup.config.eval_data, setup.config.image_folder, layout))
 
 
@@ -295,14 +295,7 @@ def _accuracy_before(setup: Setup, trainer: Trainer, progress: Progress) -> Mapp
 def _write_lavin(setup: Setup, epoch: int) -> None:
     if not setup.config.log.lavin_checkpoints:
         return
-    config = setup.config
-    args = {
-        "bits": config.bits, "adapter_type": config.adapter.language, "visual_adapter_type": config.adapter.vision,
-        "adapter_dim": config.adapter.dim, "adapter_scale": config.adapter.scale,
-        "temperature": config.adapter.temperature, "hidden_proj": config.model.projector_hidden, "n_prompt": 6,
-        "max_seq_len": config.dataset.max_seq_len, "prompt_format": config.dataset.prompt_format,
-        "optim": asdict(config.optim), "seed": config.seed,
-    }  # fmt: skip
+    args = lavin_args(setup.config)
     path = setup.rundir.path / f"checkpoint-{epoch}.pth"
     try:
         write_lavin_adapters(path, setup.model.trainable(), epoch=epoch, args=args, module_prefix=True)

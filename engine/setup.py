@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.build import Sources
 from engine.config import Config
 from engine.data.images import TileReader
 from engine.data.scienceqa import ScienceQA
@@ -15,6 +14,7 @@ from engine.evaluation.letters import predict
 from engine.evaluation.score import score_table
 from engine.progress import Progress
 from engine.rundir import RunDir
+from engine.sources import Sources
 from engine.ticker import Ticker
 from models.vlm import VisionLanguageModel
 

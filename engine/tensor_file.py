@@ -52,9 +52,12 @@ class TensorWriter:
     Raises, on the way, ValueError for a tensor that was not announced or is of another kind, or that never came.
     """
 
-    def __init__(self, path: Path, specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+    def __init__(
+        self, path: Path, specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
         self.specs = specs
-        self.head, self._places = _header(specs)
+        self.head, self._places = _header(specs, metadata)
         self._file = path.open("xb")
         try:
             self._file.write(self.head)
@@ -96,11 +99,14 @@ def file_size(specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> int:
     return len(_header(specs)[0]) + sum(math.prod(shape) * dtype.itemsize for dtype, shape in specs.values())
 
 
-def _header(specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> tuple[bytes, dict[str, int]]:
+def _header(
+    specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, int]]:
     """The file's first bytes, and where each tensor's begin: wider dtypes first, else in the order given."""
-    header: dict[str, dict[str, object]] = {}
+    header: dict[str, Mapping[str, object]] = {"__metadata__": metadata} if metadata else {}
     offset = 0
-    for name in sorted(specs, key=lambda name: -specs[name][0].itemsize):
+    ordered = sorted(specs, key=lambda name: -specs[name][0].itemsize)
+    for name in ordered:
         dtype, shape = specs[name]
         if dtype not in DTYPES:
             raise TypeError(f"tensor {name} has dtype {dtype}, which a file of ours cannot hold")
@@ -112,7 +118,7 @@ def _header(specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> tuple[b
     head = len(text).to_bytes(8, "little") + text
     starts: dict[str, int] = {}
     offset = len(head)
-    for name in header:
+    for name in ordered:
         starts[name] = offset
         offset += math.prod(specs[name][1]) * specs[name][0].itemsize
     return head, starts

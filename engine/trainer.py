@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.build import put_back
 from engine.checkpoint import save_checkpoint
 from engine.config import Config
 from engine.data.loader import StepLoader
@@ -27,6 +26,7 @@ from engine.rundir import RunDir
 from engine.scaler import LossScaler
 from engine.schedule import CosineSchedule
 from engine.signals import StopSignals
+from engine.starting import put_back
 from engine.step import StepResult, train_step
 from models.pack import Pack
 from models.vlm import VisionLanguageModel

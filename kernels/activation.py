@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.dispatch import choose, launch, primitive, run, unit_stride, wide
+from kernels.launches import ANY
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu"]
 
@@ -86,6 +87,14 @@ def tile(channels: tl.tensor, HEIGHT: tl.constexpr, COLS: tl.constexpr) -> tuple
     across = tl.cdiv(channels, COLS)
     row = tl.program_id(0) // across * HEIGHT
     return row, tl.program_id(0) % across * COLS + tl.arange(0, COLS)
+
+
+def extent(*tensors: Tensor) -> tuple[int, int]:
+    """Rows and channels [T, D] that the kernels see: one row of T x D where no tensor has gaps."""
+    tokens, channels = tensors[0].shape
+    if tokens * channels <= ANY and all(x.is_contiguous() for x in tensors):
+        return 1, tokens * channels
+    return tokens, channels
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Softmax attention within the segments of a pack (no padding; a token sees its own segment only).
 
     o[t, h] = sum_s p[t, h, s] v[s, g],  p[t, h, :] = softmax_s(scale q[t, h] . k[s, g])
-    s in t's segment, s <= t where causal; g = h // (H / G)
+    s in t's segment, s <= t where causal, s > t - window where there is one; g = h // (H / G)
 
 q, o [T, H, d], k, v [T, G, d] (grouped-query: H a multiple of G), segments cu_seqlens[i] .. cu_seqlens[i + 1].
 
@@ -19,6 +19,7 @@ Two kernels backward, with the scores computed in both (7 products, not 5), for 
 Bytes: q, do and o are read and o, dq, dk, dv written once; but k and v are read by every tile of queries that sees them
 and by every query head of their group, and in dkdv q and do by every tile of keys. That is the algorithm: scores are
 not stored, so what makes them is read again, and by neighbouring programs, so from the L2 cache.
+A window takes the tiles that lie outside of it from all three, and costs a mask at its edge.
 A value that is not finite spreads to the segments that share a tile with it, through 0 * inf.
 
 The automatic choice on a GPU is PREFERENCES; attention_peers.py has what else can be taken, from torch's own on. The
@@ -38,7 +39,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.attention_kernels import attention_dkdv_kernel, attention_dq_kernel, attention_forward_kernel
-from kernels.attention_peers import PEERS, Attend, missing
+from kernels.attention_peers import PEERS, Attend, missing, windowless
 from kernels.dispatch import card, choose, launch, on_another_card, primitive, run, unit_stride
 from kernels.launches import ANY, Launch
 
@@ -47,8 +48,9 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def varlen_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, causal: bool, scale: float | None = None
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, causal: bool, scale: float | None = None,
+    window: int | None = None,
+) -> Tensor:  # fmt: skip
     """The formula with one block-diagonal score matrix [H, T, T], in fp32 (fp64 for fp64)."""
     wide = torch.promote_types(q.dtype, torch.float32)
     groups = q.shape[1] // k.shape[1]
@@ -58,6 +60,8 @@ def varlen_attention_reference(
     hidden = segment[:, None] != segment
     if causal:
         hidden = hidden | torch.ones_like(hidden).triu(1)
+    if window is not None:
+        hidden = hidden | torch.ones_like(hidden).tril(-window)
     return torch.einsum("hts,shd->thd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v).to(q.dtype)
 
 
@@ -66,10 +70,10 @@ def _launch(kernel: str, q: Tensor) -> Launch:
     return launch(kernel, q.shape[2] + (WIDEST if q.dtype == torch.float32 else 0), q)
 
 
-def _constants(q: Tensor, k: Tensor, cols: int, causal: bool) -> dict[str, object]:
+def _constants(q: Tensor, k: Tensor, cols: int, causal: bool, window: int) -> dict[str, object]:
     head_dim = q.shape[2]
     rest = max(16, triton.next_power_of_2(head_dim - cols)) if head_dim > cols else 0
-    return {"GROUP": q.shape[1] // k.shape[1], "D": head_dim, "REST": rest, "CAUSAL": causal}
+    return {"GROUP": q.shape[1] // k.shape[1], "D": head_dim, "REST": rest, "CAUSAL": causal, "WINDOW": window}
 
 
 def _strides(*tensors: Tensor) -> tuple[int, list[int]]:
@@ -80,26 +84,27 @@ def _strides(*tensors: Tensor) -> tuple[int, list[int]]:
 
 
 def _forward_outputs(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, causal: bool
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, causal: bool, window: int
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
 
 @primitive(
-    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale, bool causal) -> (Tensor, Tensor)",
+    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale, bool causal, int window) "
+    "-> (Tensor, Tensor)",
     fake=_forward_outputs,
 )
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, causal: bool
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, causal: bool, window: int
 ) -> tuple[Tensor, Tensor]:
-    """q, k, v with unit last stride, scale > 0 -> o [T, H, d], lse [H, T] fp32 (in powers of two)."""
-    o, lse = _forward_outputs(q, k, v, cu_seqlens, scale, causal)
+    """q, k, v with unit last stride, scale > 0, window 0 for none -> o [T, H, d], lse [H, T] fp32 (powers of two)."""
+    o, lse = _forward_outputs(q, k, v, cu_seqlens, scale, causal, window)
     config = _launch("attention_forward", q)
     unit, strides = _strides(q, k, v)
     run(
         attention_forward_kernel, (triton.cdiv(q.shape[0], config.rows), q.shape[1]), config,
         q, k, v, cu_seqlens, o, lse, *strides, q.shape[0], cu_seqlens.shape[0] - 1, scale * math.log2(math.e),
-        **_constants(q, k, config.cols, causal), UNIT=unit,
+        **_constants(q, k, config.cols, causal, window), UNIT=unit,
     )  # fmt: skip
     return o, lse
 
@@ -110,12 +115,13 @@ def _dq_outputs(do: Tensor, q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 @primitive(
     "attention_dq(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor cu_seqlens, float scale, "
-    "bool causal) -> (Tensor, Tensor)",
+    "bool causal, int window) -> (Tensor, Tensor)",
     fake=_dq_outputs,
 )
 def attention_dq(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, cu_seqlens: Tensor, scale: float, causal: bool
-) -> tuple[Tensor, Tensor]:
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, cu_seqlens: Tensor, scale: float,
+    causal: bool, window: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """do, q, k, v with unit last stride, o and lse of the forward -> dq [T, H, d], delta [H, T] fp32."""
     dq, delta = _dq_outputs(do, q)
     config = _launch("attention_dq", q)
@@ -123,7 +129,7 @@ def attention_dq(
     run(
         attention_dq_kernel, (triton.cdiv(q.shape[0], config.rows), q.shape[1]), config,
         q, k, v, do, o, lse, cu_seqlens, dq, delta, *strides, q.shape[0], cu_seqlens.shape[0] - 1,
-        scale, scale * math.log2(math.e), **_constants(q, k, config.cols, causal), UNIT=unit,
+        scale, scale * math.log2(math.e), **_constants(q, k, config.cols, causal, window), UNIT=unit,
     )  # fmt: skip
     return dq, delta
 
@@ -134,12 +140,12 @@ def _dkdv_outputs(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tu
 
 @primitive(
     "attention_dkdv(Tensor do, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor delta, Tensor cu_seqlens, float scale, "
-    "bool causal) -> (Tensor, Tensor)",
+    "bool causal, int window) -> (Tensor, Tensor)",
     fake=_dkdv_outputs,
 )
 def attention_dkdv(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, cu_seqlens: Tensor, scale: float,
-    causal: bool,
+    causal: bool, window: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """do, q, k, v with unit last stride, lse of the forward, delta of attention_dq -> dk, dv [T, G, d]."""
     dk, dv = _dkdv_outputs(do, q, k, v)
@@ -148,17 +154,19 @@ def attention_dkdv(
     run(
         attention_dkdv_kernel, (triton.cdiv(q.shape[0], config.rows), k.shape[1]), config,
         q, k, v, do, lse, delta, cu_seqlens, dk, dv, *strides, q.shape[0], cu_seqlens.shape[0] - 1,
-        scale, scale * math.log2(math.e), **_constants(q, k, config.cols, causal), UNIT=unit,
+        scale, scale * math.log2(math.e), **_constants(q, k, config.cols, causal, window), UNIT=unit,
     )  # fmt: skip
     return dk, dv
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, causal: bool) -> Tensor:
-        o, lse = attention_forward(q, k, v, cu_seqlens, scale, causal)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, causal: bool, window: int
+    ) -> Tensor:
+        o, lse = attention_forward(q, k, v, cu_seqlens, scale, causal, window)
         ctx.save_for_backward(q, k, v, o, lse, cu_seqlens)
-        ctx.options = scale, causal
+        ctx.options = scale, causal, window
         return o
 
     @staticmethod
@@ -170,15 +178,18 @@ class _Attention(torch.autograd.Function):
         dq, delta = attention_dq(do, q, k, v, o, lse, cu_seqlens, *ctx.options)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             dk, dv = attention_dkdv(do, q, k, v, lse, delta, cu_seqlens, *ctx.options)
-        return dq, dk, dv, None, None, None
+        return dq, dk, dv, None, None, None, None
 
 
-def _own(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float) -> Tensor:
+def _own(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float,
+    window: int | None = None,
+) -> Tensor:  # fmt: skip
     if q.shape[2] > WIDEST or scale <= 0:
         raise ValueError(f"the Triton kernels take heads of at most {WIDEST} channels and a scale above 0; got "
                          f"{q.shape[2]} and {scale}")  # fmt: skip
     q, k, v = (unit_stride(x) for x in (q, k, v))
-    o = _Attention.apply(q, k, v, cu_seqlens.contiguous(), scale, causal)  # type: ignore[no-untyped-call]
+    o = _Attention.apply(q, k, v, cu_seqlens.contiguous(), scale, causal, window or 0)  # type: ignore[no-untyped-call]
     return cast(Tensor, o)
 
 
@@ -195,6 +206,11 @@ def _missing(name: str) -> str:
         return missing(name)
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     return "" if interpreted or on_another_card() or torch.cuda.is_available() else "no CUDA device"
+
+
+def _windowless(name: str, window: int | None) -> str:
+    """Why an implementation does not take this window; empty where it does, or where there is none."""
+    return "" if window is None or name == "triton" else windowless(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +234,7 @@ PREFERENCES = (
 )
 
 
-def _preferred(q: Tensor, max_seqlen: int) -> tuple[str, str]:
+def _preferred(q: Tensor, max_seqlen: int, window: int | None) -> tuple[str, str]:
     """-> (implementation or "reference", why), by the table."""
     if not q.is_cuda:
         return "triton", ""  # in the interpreter
@@ -228,7 +244,7 @@ def _preferred(q: Tensor, max_seqlen: int) -> tuple[str, str]:
         fits = q.dtype in row.dtypes and capability >= row.oldest and max_seqlen <= row.longest
         if not (fits and head_dim <= row.head_dim and head_dim % row.multiple == 0):
             continue
-        if obstacle := _missing(row.implementation):
+        if obstacle := _missing(row.implementation) or _windowless(row.implementation, window):
             passed_over += f"; not {row.implementation}: {obstacle}"
             continue
         why = "fastest here" if row.measured else "predicted to be the fastest here"
@@ -238,12 +254,16 @@ def _preferred(q: Tensor, max_seqlen: int) -> tuple[str, str]:
 
 def attend(
     implementation: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int,
-    *, causal: bool, scale: float | None = None,
+    *, causal: bool, scale: float | None = None, window: int | None = None,
 ) -> Tensor:  # fmt: skip
     """`varlen_attention` by one of IMPLEMENTATIONS. Raises ValueError where that cannot run here, and as it does."""
-    obstacle = _missing(implementation) if implementation in IMPLEMENTATIONS else "unknown"
+    window = _narrower(window, min(max_seqlen, q.shape[0]), causal)
+    obstacle = "unknown"
+    if implementation in IMPLEMENTATIONS:
+        obstacle = _missing(implementation) or _windowless(implementation, window)
     if obstacle:
-        here = ", ".join(name for name, why_not in implementations().items() if not why_not)
+        others = (name for name, why_not in implementations().items() if not why_not)
+        here = ", ".join(name for name in others if not _windowless(name, window))
         raise ValueError(f"attention implementation {implementation!r}: {obstacle}; accepted here: {here}")
     if q.ndim != 3 or k.shape != v.shape or q.shape[::2] != k.shape[::2] or q.shape[1] % k.shape[1]:
         raise ValueError(
@@ -257,7 +277,15 @@ def attend(
     if not q.shape[0]:
         return q.clone()
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    return IMPLEMENTATIONS[implementation](q, k, v, cu_seqlens, max_seqlen, causal, scale)
+    return IMPLEMENTATIONS[implementation](q, k, v, cu_seqlens, max_seqlen, causal, scale, window)
+
+
+def _narrower(window: int | None, longest: int, causal: bool) -> int | None:
+    """`window` where it hides anything of segments this long. Raises ValueError for one that cannot be."""
+    if window is not None and (window < 1 or not causal):
+        raise ValueError(f"attention takes a window of at least 1 token, and only causal; got window={window}, "
+                         f"causal={causal}")  # fmt: skip
+    return None if window is None or window >= longest else window
 
 
 def varlen_attention(
@@ -269,14 +297,17 @@ def varlen_attention(
     *,
     causal: bool,
     scale: float | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Attention of q [T, H, d] over k, v [T, G, d] within segments -> [T, H, d].
 
     cu_seqlens int32 [S + 1] on the tensors' device, from 0 to T; segments may be empty. max_seqlen: the longest one (or
-    any bound on it), on the host. scale: 1 / sqrt(d) by default.
-    Raises ValueError where shapes or dtypes do not fit.
+    any bound on it), on the host. scale: 1 / sqrt(d) by default. window (causal only): a token sees itself and the
+    window - 1 tokens before it; where max_seqlen or T is not above it, it is plain causal attention, to the bit.
+    Raises ValueError where shapes, dtypes or the window do not fit.
     """
-    best, why = _preferred(q, max_seqlen)
+    window = _narrower(window, min(max_seqlen, q.shape[0]), causal)
+    best, why = _preferred(q, max_seqlen, window)
     backend = choose("attention", q, tuple(dict.fromkeys((best, "triton", "reference"))), why=why)
     implementation = "sdpa" if backend == "reference" else backend
-    return attend(implementation, q, k, v, cu_seqlens, max_seqlen, causal=causal, scale=scale)
+    return attend(implementation, q, k, v, cu_seqlens, max_seqlen, causal=causal, scale=scale, window=window)

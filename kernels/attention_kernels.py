@@ -4,6 +4,7 @@ A program has ROWS neighbouring tokens of the pack, whatever segments they are o
 INNER over the tokens that any of its own sees (or, for keys, that see any of its own): without a mask as long as all
 see all, masked by two bounds for each row elsewhere. Most tiles lie in one segment and need the mask for the last step
 or for the diagonal only. Short segments share a tile: neither they nor the ends of long ones leave programs idle.
+A WINDOW (0: none) makes the walk shorter, and needs the mask at its other edge too.
 
 A head's d channels are a tile of COLS and, where d is just over COLS, one of REST: 80 is 64 + 16 and not 128. Such a
 pair is a tuple here, of one tensor where REST is 0. Strides come in units of UNIT elements: UNIT 8 lets the compiler
@@ -162,17 +163,23 @@ def visible(low: tl.tensor, high: tl.tensor, first: tl.tensor, INNER: tl.constex
 @triton.jit
 def keys_of(
     cu_seqlens_ptr: tl.tensor, segments: tl.tensor, tokens: tl.tensor, first: tl.tensor, ROWS: tl.constexpr,
-    INNER: tl.constexpr, CAUSAL: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
-    """low and high of the keys that each query of a tile sees; of all of them; and from where on a mask is needed."""
+    INNER: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
+    """low and high of the keys that each query of a tile sees; of all of them; between which no mask is needed."""
     last = tl.minimum(first + ROWS, tokens) - 1
     rows = tl.minimum(first + tl.arange(0, ROWS), last)
     low, high, begin, end, together = segments_of_tile(cu_seqlens_ptr, segments, tokens, rows, first, last)
     all_see = end
     if CAUSAL:
         high, all_see, end = rows + 1, first + 1, last + 1
-    masked_from = tl.where(together, begin + (all_see - begin) // INNER * INNER, begin)
-    return low, high, begin, end, masked_from
+    clear_from = begin
+    if WINDOW > 0:
+        low, begin = tl.maximum(low, rows + (1 - WINDOW)), tl.maximum(begin, first + (1 - WINDOW))
+        clear_from = begin + tl.cdiv(tl.maximum(last + (1 - WINDOW) - begin, 0), INNER) * INNER
+        clear_from = tl.where(together, tl.minimum(clear_from, end), begin)
+        all_see = tl.maximum(all_see, clear_from)
+    masked_from = tl.where(together, clear_from + (all_see - clear_from) // INNER * INNER, begin)
+    return low, high, begin, end, clear_from, masked_from
 
 
 @triton.jit
@@ -204,20 +211,27 @@ def attention_forward_kernel(
     lse_ptr: tl.tensor, q_token: tl.tensor, q_head: tl.tensor, k_token: tl.tensor, k_head: tl.tensor,
     v_token: tl.tensor, v_head: tl.tensor, tokens: tl.tensor, segments: tl.tensor, exp2_scale: tl.tensor,
     GROUP: tl.constexpr, D: tl.constexpr, REST: tl.constexpr, UNIT: tl.constexpr, CAUSAL: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr,
+    WINDOW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr,
 ) -> None:  # fmt: skip
     """One program: the queries of a tile, over the keys that they see."""
     head = tl.program_id(1).to(tl.int64)  # heads may be far apart
     first = tl.program_id(0) * ROWS
-    low, high, begin, end, masked_from = keys_of(cu_seqlens_ptr, segments, tokens, first, ROWS, INNER, CAUSAL)
+    low, high, begin, end, clear_from, masked_from = keys_of(
+        cu_seqlens_ptr, segments, tokens, first, ROWS, INNER, CAUSAL, WINDOW
+    )
     q = load(q_ptr + head * q_head * UNIT, q_token * UNIT, first, tokens, ROWS, D, COLS, REST)
     k_ptr += head // GROUP * k_head * UNIT
     v_ptr += head // GROUP * v_head * UNIT
     o = zeros(ROWS, COLS, REST)
     top = tl.full([ROWS], LOWEST, dtype=tl.float32)
     total = tl.zeros([ROWS], dtype=tl.float32)
+    if WINDOW > 0:
+        o, top, total = forward_steps(
+            o, top, total, q, k_ptr, v_ptr, k_token * UNIT, v_token * UNIT, begin, clear_from, low, high, exp2_scale,
+            D, COLS, REST, INNER, True,
+        )  # fmt: skip
     o, top, total = forward_steps(
-        o, top, total, q, k_ptr, v_ptr, k_token * UNIT, v_token * UNIT, begin, masked_from, low, high, exp2_scale,
+        o, top, total, q, k_ptr, v_ptr, k_token * UNIT, v_token * UNIT, clear_from, masked_from, low, high, exp2_scale,
         D, COLS, REST, INNER, False,
     )  # fmt: skip
     o, top, total = forward_steps(
@@ -253,12 +267,14 @@ def attention_dq_kernel(
     k_token: tl.tensor, k_head: tl.tensor, v_token: tl.tensor, v_head: tl.tensor, do_token: tl.tensor,
     do_head: tl.tensor, tokens: tl.tensor, segments: tl.tensor, scale: tl.tensor, exp2_scale: tl.tensor,
     GROUP: tl.constexpr, D: tl.constexpr, REST: tl.constexpr, UNIT: tl.constexpr, CAUSAL: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr,
+    WINDOW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr,
 ) -> None:  # fmt: skip
     """One program: the queries of a tile, over the keys that they see; also their delta."""
     head = tl.program_id(1).to(tl.int64)  # heads may be far apart
     first = tl.program_id(0) * ROWS
-    low, high, begin, end, masked_from = keys_of(cu_seqlens_ptr, segments, tokens, first, ROWS, INNER, CAUSAL)
+    low, high, begin, end, clear_from, masked_from = keys_of(
+        cu_seqlens_ptr, segments, tokens, first, ROWS, INNER, CAUSAL, WINDOW
+    )
     o_stride = tl.num_programs(1) * D
     q = load(q_ptr + head * q_head * UNIT, q_token * UNIT, first, tokens, ROWS, D, COLS, REST)
     do = load(do_ptr + head * do_head * UNIT, do_token * UNIT, first, tokens, ROWS, D, COLS, REST)
@@ -270,9 +286,14 @@ def attention_dq_kernel(
     k_ptr += head // GROUP * k_head * UNIT
     v_ptr += head // GROUP * v_head * UNIT
     dq = zeros(ROWS, COLS, REST)
+    if WINDOW > 0:
+        dq = dq_steps(
+            dq, q, do, lse, delta, k_ptr, v_ptr, k_token * UNIT, v_token * UNIT, begin, clear_from, low, high,
+            exp2_scale, D, COLS, REST, INNER, True,
+        )  # fmt: skip
     dq = dq_steps(
-        dq, q, do, lse, delta, k_ptr, v_ptr, k_token * UNIT, v_token * UNIT, begin, masked_from, low, high, exp2_scale,
-        D, COLS, REST, INNER, False,
+        dq, q, do, lse, delta, k_ptr, v_ptr, k_token * UNIT, v_token * UNIT, clear_from, masked_from, low, high,
+        exp2_scale, D, COLS, REST, INNER, False,
     )  # fmt: skip
     dq = dq_steps(
         dq, q, do, lse, delta, k_ptr, v_ptr, k_token * UNIT, v_token * UNIT, masked_from, end, low, high, exp2_scale,
@@ -314,7 +335,7 @@ def attention_dkdv_kernel(
     k_token: tl.tensor, k_head: tl.tensor, v_token: tl.tensor, v_head: tl.tensor, do_token: tl.tensor,
     do_head: tl.tensor, tokens: tl.tensor, segments: tl.tensor, scale: tl.tensor, exp2_scale: tl.tensor,
     GROUP: tl.constexpr, D: tl.constexpr, REST: tl.constexpr, UNIT: tl.constexpr, CAUSAL: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr,
+    WINDOW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr,
 ) -> None:  # fmt: skip
     """One program: the keys of a tile, over the queries that see them, one query head of their group after another."""
     kv_head = tl.program_id(1).to(tl.int64)
@@ -322,11 +343,20 @@ def attention_dkdv_kernel(
     last = tl.minimum(first + ROWS, tokens) - 1
     rows = tl.minimum(first + tl.arange(0, ROWS), last)
     low, high, begin, end, together = segments_of_tile(cu_seqlens_ptr, segments, tokens, rows, first, last)
-    of_scores = tl.where(high - low > 1, scale, 0.0)[:, None]  # a segment's only score has no gradient, to the bit
+    scores = high - low
+    if WINDOW > 0:
+        scores = tl.minimum(scores, WINDOW)
+    of_scores = tl.where(scores > 1, scale, 0.0)[:, None]  # a query's only score has no gradient, to the bit
     all_see = begin
     if CAUSAL:
         low, all_see, begin = rows, last, first
+    if WINDOW > 0:
+        high, end = tl.minimum(high, rows + WINDOW), tl.minimum(end, last + WINDOW)
     masked_to = tl.where(together, tl.minimum(end, begin + tl.cdiv(all_see - begin, INNER) * INNER), end)
+    clear_to = end
+    if WINDOW > 0:
+        clear = tl.maximum(first + WINDOW - masked_to, 0) // INNER * INNER
+        clear_to = tl.where(first + WINDOW < end, masked_to + clear, end)
     k = load(k_ptr + kv_head * k_head * UNIT, k_token * UNIT, first, tokens, ROWS, D, COLS, REST)
     v = load(v_ptr + kv_head * v_head * UNIT, v_token * UNIT, first, tokens, ROWS, D, COLS, REST)
     dk = zeros(ROWS, COLS, REST)
@@ -343,8 +373,13 @@ def attention_dkdv_kernel(
     )  # fmt: skip
     dk, dv = dkdv_steps(
         dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, q_far, do_far, q_token * UNIT, do_token * UNIT,
-        tokens, masked_to, end, low, high, exp2_scale, GROUP, D, COLS, REST, INNER, False,
+        tokens, masked_to, clear_to, low, high, exp2_scale, GROUP, D, COLS, REST, INNER, False,
     )  # fmt: skip
+    if WINDOW > 0:
+        dk, dv = dkdv_steps(
+            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, q_far, do_far, q_token * UNIT, do_token * UNIT,
+            tokens, clear_to, end, low, high, exp2_scale, GROUP, D, COLS, REST, INNER, True,
+        )  # fmt: skip
     stride = tl.num_programs(1) * D
     store(dk_ptr + kv_head * D, stride, first, tokens, scaled(dk, of_scores), D)
     store(dv_ptr + kv_head * D, stride, first, tokens, dv, D)

@@ -7,7 +7,10 @@ sdpa         scaled_dot_product_attention, one call for each run of neighbours o
              it waits for the lengths. A vision tower's segments are all alike: one call. For the short, mixed segments
              of a text pack the loop was measured on a CPU (30 segments of 40 to 100 tokens, 4 heads of 16 or 32,
              forward and backward): it is faster than padding them into one batch, and 15 times faster than one call
-             with a block-diagonal mask.
+             with a block-diagonal mask. Where a window hides something of a segment, the mask of one length is
+             written out
+
+A window w comes as theirs, (w - 1, 0): tokens before and behind. What xformers has for it is not used.
 """
 
 from __future__ import annotations
@@ -17,17 +20,26 @@ from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from itertools import groupby
-from typing import Any, TypeAlias
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# q [T, H, d], k, v [T, G, d], cu_seqlens int32 [S + 1] on their device, max_seqlen, causal, scale -> o [T, H, d]
-Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, int, bool, float], Tensor]
+
+class Attend(Protocol):
+    """q [T, H, d], k, v [T, G, d], cu_seqlens int32 [S + 1] on their device -> o [T, H, d]."""
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float,
+        window: int | None = None, /,
+    ) -> Tensor: ...  # fmt: skip
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float) -> Tensor:
+def sdpa(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float,
+    window: int | None = None,
+) -> Tensor:  # fmt: skip
     lengths = [length for length in cu_seqlens.diff().tolist() if length]
     if sum(lengths) != q.shape[0]:
         raise ValueError(f"cu_seqlens covers {sum(lengths)} tokens, q has {q.shape[0]}")
@@ -38,9 +50,17 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, c
     for (length, count), *qkv in zip(runs, *parts, strict=True):
         # [count, H or G, length, d]
         queries, keys, values = (x.unflatten(0, (count, length)).transpose(1, 2) for x in qkv)
-        out = F.scaled_dot_product_attention(queries, keys, values, is_causal=causal, scale=scale, enable_gqa=grouped)
+        mask = None if window is None or length <= window else _band(length, window, q.device)
+        out = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, is_causal=causal and mask is None, scale=scale, enable_gqa=grouped
+        )
         outs.append(out.transpose(1, 2).flatten(0, 1))
     return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def _band(length: int, window: int, device: torch.device) -> Tensor:
+    """[length, length]: which keys (columns) a query sees, itself and window - 1 before it."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril().triu(1 - window)
 
 
 def _repeated(x: Tensor, heads: int) -> Tensor:
@@ -66,35 +86,49 @@ def _varlen_attn() -> tuple[Any, bool]:
     return varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
-def flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float) -> Tensor:
+def _window(causal: bool, window: int | None) -> tuple[int, int]:
+    """Tokens that are seen before and behind one, -1 for all, as FlashAttention's interface has it."""
+    return (-1 if window is None else window - 1, 0 if causal else -1)
+
+
+def flash(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float,
+    window: int | None = None,
+) -> Tensor:  # fmt: skip
     attend, takes_gqa = _varlen_attn()
     options = {"enable_gqa": q.shape[1] != k.shape[1]} if takes_gqa else {}
     if not takes_gqa:
         k, v = _repeated(k, q.shape[1]), _repeated(v, q.shape[1])
-    window = (-1, 0) if causal else (-1, -1)
     q, k, v = (_aligned(x) for x in (q, k, v))
     out: Tensor = attend(
-        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=window, **options
-    )
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=_window(causal, window),
+        **options,
+    )  # fmt: skip
     return out
 
 
 def flash_attn(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float,
+    window: int | None = None,
+) -> Tensor:  # fmt: skip
     from flash_attn import flash_attn_varlen_func
 
+    options = {} if window is None else {"window_size": _window(causal, window)}  # from 2.3 on
     q, k, v = (_aligned(x) for x in (q, k, v))
     out: Tensor = flash_attn_varlen_func(
-        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, softmax_scale=scale, causal=causal
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, softmax_scale=scale, causal=causal, **options
     )
     return out
 
 
 def xformers(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float
-) -> Tensor:
-    """Its masks are made of host lengths, but read the tensor of bounds only: the lists may stay empty (0.0.35)."""
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float,
+    window: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Its masks are made of host lengths, but read the tensor of bounds only: the lists may stay empty (0.0.35).
+
+    A window never comes here: see `windowless`.
+    """
     from xformers.ops import fmha
 
     bounds = fmha.attn_bias._SeqLenInfo(
@@ -126,3 +160,18 @@ def _not_importable(module: str) -> str:
     except (ImportError, OSError, RuntimeError) as error:  # the last two: built for another torch or CUDA
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+def windowless(peer: str) -> str:
+    """Why one of PEERS that runs here takes no window; empty where it takes one."""
+    if peer == "sdpa":
+        return ""
+    if peer == "xformers":
+        return "takes no window here"
+    name = "varlen_attn" if peer == "flash" else "flash_attn_varlen_func"
+    return "" if _takes_window(getattr(import_module(MODULES[peer]), name)) else f"{name} as installed takes no window"
+
+
+@cache
+def _takes_window(function: Callable[..., object]) -> bool:
+    return "window_size" in inspect.signature(function).parameters

@@ -56,7 +56,9 @@ class Op:
 class Counter:
     """What ran, in order, and the memory that it took. Set `pairs` before attention runs."""
 
-    pairs: int = 0  # scores of attention: sum over segments of length^2, half of it where causal
+    # Scores of attention: sum over segments of length^2, half of it where causal; (length^2 - (length - w)^2) / 2 where
+    # the segment is longer than a window w.
+    pairs: int = 0
     ops: list[Op] = field(default_factory=list)
     live: int = 0  # bytes, allocated since the start
     peak: int = 0  # most bytes since the start or the last `reset_peak`
@@ -184,11 +186,17 @@ def _torch_op(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], resul
     schema = func._schema
     name = schema.name.removeprefix("aten::")
     views = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+    views = views and _shares_memory(result, args)  # `to` and `reshape` may copy, inside of a primitive
     computes = schema.is_mutable or any(isinstance(value, Tensor) for value in tree_leaves(result))
     if views or not computes or name in _UNTOUCHED or name == "_unsafe_view":
         return None
     flops = _product_flops(name, args, result)
     return Op(name, "product" if flops else "memory", flops, _moved(name, args, kwargs, result), 1)
+
+
+def _shares_memory(result: Any, args: tuple[Any, ...]) -> bool:
+    given = {storage._cdata for storage in _storages(tree_leaves(args))}
+    return all(storage._cdata in given for storage in _storages(tree_leaves(result)))
 
 
 def _moved(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> int:

@@ -2,15 +2,16 @@
 
     keys[b, n] = k[b], values[b, n] = v[b], n = lengths[b]
     out[b, h] = sum_(s <= n) p[s] values[b, s, g],  p = softmax_s(scale q[b, h] . keys[b, s, g]),  g = h // (H / G)
+    where there is a window, s > n - window
 
 q, out [B, H, d], k, v [B, G, d], keys, values [B, P, G, d], lengths int64 [B] on the device: the host need not know
 them, so a step of decoding can be a CUDA graph. One launch in place of two scattered writes, a mask and a
 padded attention, each in every layer of a step.
 
 A program has one head of one sequence; softmax is taken online over tiles of ROWS places, in fp32. Bytes: the cache's
-first n places once (by every query head of their group, from the L2 cache after the first), q, k, v, out once.
-Prediction: 2 to 4 us at 256 places; one sequence of thousands leaves most of a large card idle, since its places are
-not divided among programs.
+first n places, or those of the window, once (by every query head of their group, from the L2 cache after the first),
+q, k, v, out once. Prediction: 2 to 4 us at 256 places; one sequence of thousands leaves most of a large card idle,
+since its places are not divided among programs.
 """
 
 # mypy: allow-untyped-decorators
@@ -32,13 +33,15 @@ LOWEST = tl.constexpr(-3e38)  # below every score, and finite
 
 
 def decode_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float,
+    window: int | None = None,
+) -> Tensor:  # fmt: skip
     """Plain torch, the cache written in place too."""
     rows = torch.arange(q.shape[0], device=q.device)
     keys[rows, lengths] = k
     values[rows, lengths] = v
-    seen = torch.arange(keys.shape[1], device=q.device) <= lengths[:, None]  # [B, P]
+    behind = lengths[:, None] - torch.arange(keys.shape[1], device=q.device)  # [B, P], how far behind the new token
+    seen = (behind >= 0) & (behind < (keys.shape[1] if window is None else window))
     out = F.scaled_dot_product_attention(
         q[:, :, None], keys.transpose(1, 2), values.transpose(1, 2), attn_mask=seen[:, None, None], scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
@@ -64,6 +67,7 @@ def decode_attention_kernel(
     places: tl.tensor,
     groups: tl.tensor,
     exp2_scale: tl.tensor,
+    window: tl.tensor,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     ROWS: tl.constexpr,
@@ -85,7 +89,7 @@ def decode_attention_kernel(
     largest = tl.sum(q * new_k.to(tl.float32))
     total = 1.0
     out = new_v.to(tl.float32)
-    for start in range(0, length, ROWS):
+    for start in range(tl.maximum(length + 1 - window, 0), length, ROWS):
         rows = start + tl.arange(0, ROWS)
         at = cached[None, :] + (rows * groups * D)[:, None]
         there = (rows < length)[:, None] & inside[None, :]
@@ -107,12 +111,12 @@ def _outputs(q: Tensor, *_: object) -> Tensor:
 
 
 @primitive(
-    "decode_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor lengths, float scale) "
-    "-> Tensor",
+    "decode_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor lengths, float scale, "
+    "int window) -> Tensor",
     fake=_outputs,
 )
 def decode_attention_(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float, window: int
 ) -> Tensor:
     """q, k, v with unit last stride, keys, values, lengths contiguous; one dtype but for lengths -> out [B, H, d]."""
     out = _outputs(q)
@@ -121,26 +125,30 @@ def decode_attention_(
     run(
         decode_attention_kernel, (heads, batch), config,
         q, k, v, keys, values, lengths, out, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], places, groups,
-        scale * math.log2(math.e), GROUP=heads // groups, D=head_dim,
+        scale * math.log2(math.e), window, GROUP=heads // groups, D=head_dim,
     )  # fmt: skip
     return out
 
 
 def decode_attention(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float | None = None
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float | None = None,
+    window: int | None = None,
+) -> Tensor:  # fmt: skip
     """Writes k and v behind the first lengths[b] places of each sequence's cache and attends to all of them.
 
     Shapes at the top; q, k, v, lengths of any strides, keys and values contiguous and written in place, d <= 128, scale
-    d^-0.5 by default. lengths[b] < P is the caller's to see to. No gradients.
-    Raises ValueError where shapes or dtypes do not fit, or where a gradient is asked for.
+    d^-0.5 by default. lengths[b] < P is the caller's to see to. window: only the last so many places are seen, the new
+    one among them. No gradients.
+    Raises ValueError where shapes or dtypes do not fit, for a window below 1, or where a gradient is asked for.
     """
     _check(q, k, v, keys, values, lengths)
+    if window is not None and window < 1:
+        raise ValueError(f"decode_attention takes a window of at least 1 place, got {window}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if choose("decode_attention", q, ("triton", "reference")) == "reference":
-        return decode_attention_reference(q, k, v, keys, values, lengths, scale)
+        return decode_attention_reference(q, k, v, keys, values, lengths, scale, window)
     q, k, v = (unit_stride(x) for x in (q, k, v))
-    return decode_attention_(q, k, v, keys, values, lengths.contiguous(), scale)
+    return decode_attention_(q, k, v, keys, values, lengths.contiguous(), scale, window or keys.shape[1])
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> None:

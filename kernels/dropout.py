@@ -63,9 +63,13 @@ def mix(v: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def keep(seed: tl.tensor, site: tl.tensor, index: tl.tensor, limit: tl.tensor) -> tl.tensor:
-    """Triton's side of `keep_mask`. seed: int64 scalar; site, limit (of `threshold`): integers; index: int block."""
+    """Triton's side of `keep_mask`. seed: int64 scalar; site, limit (of `threshold`): integers; index: int block.
+
+    An index of 32 bits, not negative, has no upper half to add. hash >> 8 >= limit is compared without the shift.
+    """
     key0 = mix(seed.to(tl.uint32) + mix(site.to(tl.uint32) + 0x9E3779B9))
     key1 = mix((seed >> 32).to(tl.uint32) ^ key0)
-    index = index.to(tl.int64)
-    hashed = mix(mix(index.to(tl.uint32) ^ key0) + (index >> 32).to(tl.uint32) + key1)
-    return (hashed >> 8).to(tl.int32) >= limit
+    hashed = mix(index.to(tl.uint32) ^ key0) + key1
+    if index.dtype == tl.int64:
+        hashed += (index >> 32).to(tl.uint32)
+    return mix(hashed) >= (limit.to(tl.uint32) << 8)

@@ -119,7 +119,8 @@ LAUNCHES: dict[str, tuple[Choice, ...]] = {
     "lora_down": (  # size: bytes that one channel of all A takes; cols: channels that one program sums over
         Choice(256, Launch(rows=32, cols=1024, warps=4, inner=64)),
         Choice(768, Launch(rows=64, cols=1024, warps=8, inner=32)),
-        Choice(ANY, Launch(rows=32, cols=1024, warps=8, inner=32)),
+        Choice(1536, Launch(rows=32, cols=1024, warps=8, inner=32)),
+        Choice(ANY, Launch(rows=16, cols=1024, warps=8, inner=16)),  # fp32 beyond rank 128
     ),
     "lora_update": (
         Choice(96, Launch(rows=64, cols=64, warps=8, inner=16)),
@@ -129,7 +130,8 @@ LAUNCHES: dict[str, tuple[Choice, ...]] = {
         Choice(64, Launch(rows=64, cols=64, warps=4, chunk=256)),
         Choice(256, Launch(rows=32, cols=64, warps=4, chunk=512)),
         Choice(768, Launch(rows=32, cols=64, warps=8, chunk=1024)),
-        Choice(ANY, Launch(rows=32, cols=32, warps=8, chunk=1024)),
+        Choice(1536, Launch(rows=32, cols=32, warps=8, chunk=1024)),
+        Choice(ANY, Launch(rows=16, cols=16, warps=8, chunk=1024)),  # fp32 beyond rank 128
     ),
     "bias_act_forward": (Choice(ANY, Launch(rows=8, cols=256, warps=4)),),
     "bias_act_backward": (  # size: tokens
@@ -142,6 +144,14 @@ LAUNCHES: dict[str, tuple[Choice, ...]] = {
         Choice(132, Launch(rows=64, cols=128, warps=4, inner=32, stages=3)),
         Choice(ANY, Launch(rows=128, cols=256, warps=8, inner=64, stages=4), cards=(80, 90)),
         Choice(ANY, Launch(rows=128, cols=128, warps=4, inner=32, stages=4)),
+    ),
+    "dropped_sum_forward": (  # size: channels of a row; all elements where they are one row
+        Choice(1 << 16, Launch(rows=2, cols=512, warps=4)),
+        Choice(ANY, Launch(rows=1, cols=1024, warps=4)),
+    ),
+    "dropped_sum_backward": (
+        Choice(1 << 16, Launch(rows=2, cols=512, warps=4)),
+        Choice(ANY, Launch(rows=1, cols=1024, warps=4)),
     ),
     "swiglu_forward": (  # size: channels of a row; all elements where they are one row
         Choice(1 << 16, Launch(rows=4, cols=512, warps=4)),

@@ -1,19 +1,25 @@
 """Head and cross-entropy of the supervised rows in one op, without a full matrix of logits.
 
-    logits[i, v] = sum_d hidden[i, d] weight[v, d]    loss = sum_i weights_i (logsumexp(logits[i]) - logits[i, label_i])
-    dlogits[i, v] = weights_i (softmax(logits[i])[v] - [v = label_i])     dhidden = dlogits W     dW = dlogits^T hidden
+    logits[i, v] = sum_d hidden[i, d] weight[v, d] + bias[v]
+    loss = sum_i weights_i (logsumexp(logits[i]) - logits[i, label_i])
+    dlogits[i, v] = weights_i (softmax(logits[i])[v] - [v = label_i])
+    dhidden = dlogits W     dW = dlogits^T hidden     dbias = sum_i dlogits[i]
 
-hidden [L, D] fp16, bf16 or fp32; weight [V, D] a tensor, NF4 or int8; labels int64 [L]; weights fp32 [L] (0 for a row
-that does not count). The gradient is known as soon as the loss is, so the forward computes both and the backward only
-scales. A frozen head takes two matrix products (cuBLAS), a trained one three; a packed one is unpacked once a call,
-into the buffer that all packed weights use (kernels/unpacked.py).
+hidden [L, D] fp16, bf16 or fp32; weight [V, D] a tensor, NF4 or int8; bias [V] fp32 or hidden's dtype, or none (Phi's
+heads have one); labels int64 [L]; weights fp32 [L] (0 for a row that does not count). The gradient is known as soon as
+the loss is, so the forward computes both and the backward only scales. A frozen head takes two matrix products
+(cuBLAS), a trained one three; a packed one is unpacked once a call, into the buffer that all packed weights use
+(kernels/unpacked.py).
 
 One buffer holds the logits of a chunk of rows, in hidden's dtype, and then their gradient; the next chunk reuses it.
 Besides what the products move:
 
     rows       reads logits for maximum and sum, reads them again, last tile first, and writes dlogits over them: three
                passes over the chunk where two would do. Two rows an SM are under way (one above V = 65,536): 17 to 35
-               MB on the 132 SMs of an H100 or H200, whose caches can serve the second read.
+               MB on the 132 SMs of an H100 or H200, whose caches can serve the second read. A bias is added in fp32
+               as logits are read: its V numbers come from the L2 cache with each row. As beta of the product it would
+               cost a pass that writes it into the chunk and one that reads it there, where rows are padded
+    dbias      where it is trained, one more pass that reads the chunk
     backward   reads a gradient [L, D], writes it scaled
 
 Why not fp32 logits: they would double these bytes and halve the rows that fit the budget (V = 128,256 at the smallest
@@ -35,6 +41,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -55,21 +62,28 @@ LOWEST = tl.constexpr(-3e38)  # below every logit; finite, so that differences a
 
 Weight = Tensor | Packed
 
-# (logits, labels, weights, scale, losses, gradient): the work on the rows of a chunk, in place
-Rows = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, bool], None]
+# (logits, labels, weights, scale, losses, gradient, bias): the work on the rows of a chunk, in place
+Rows = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, bool, Tensor | None], None]
 
 
-def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+def linear_cross_entropy_reference(
+    hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, bias: Tensor | None = None
+) -> Tensor:
     logits = wide(hidden) @ wide(weight).T
+    if bias is not None:
+        logits = logits + wide(bias)
     picked = logits.gather(1, labels[:, None])[:, 0]
     return (weights * (logits.logsumexp(dim=1) - picked)).sum()
 
 
 def cross_entropy_rows_reference(
-    logits: Tensor, labels: Tensor, weights: Tensor, scale: Tensor, losses: Tensor, gradient: bool
-) -> None:
+    logits: Tensor, labels: Tensor, weights: Tensor, scale: Tensor, losses: Tensor, gradient: bool,
+    bias: Tensor | None = None,
+) -> None:  # fmt: skip
     """`cross_entropy_rows` in torch, on a copy of the logits in fp32 where they have 16 bits."""
     x = wide(logits)  # [n, V]
+    if bias is not None:
+        x += bias[: x.shape[1]]
     picked, top = x.gather(1, labels[:, None]), x.amax(dim=1, keepdim=True)
     total = x.sub_(top).exp_().sum(dim=1, keepdim=True)
     losses.copy_((weights[:, None] * (top + total.log() - picked))[:, 0])
@@ -81,10 +95,15 @@ def cross_entropy_rows_reference(
 
 
 @triton.jit
-def load_logits(row_ptr: tl.tensor, cols: tl.tensor, inside: tl.tensor, vocabulary: tl.tensor) -> tl.tensor:
-    """A tile of a row in fp32. Whole vectors are read, those past the vocabulary become LOWEST."""
+def load_logits(
+    row_ptr: tl.tensor, bias_ptr: tl.tensor | None, cols: tl.tensor, inside: tl.tensor, vocabulary: tl.tensor
+) -> tl.tensor:
+    """A tile of a row in fp32, its bias added. Whole vectors are read, what is past the vocabulary becomes LOWEST."""
     x = tl.load(row_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-    return tl.where(cols < vocabulary, x, LOWEST)
+    x = tl.where(cols < vocabulary, x, LOWEST)
+    if bias_ptr is not None:
+        x += tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+    return x
 
 
 @triton.jit(do_not_specialize=["vocabulary"])
@@ -94,6 +113,7 @@ def cross_entropy_rows_kernel(
     weights_ptr: tl.tensor,
     scale_ptr: tl.tensor,
     losses_ptr: tl.tensor,
+    bias_ptr: tl.tensor | None,
     logits_stride: tl.tensor,
     vocabulary: tl.tensor,
     GRADIENT: tl.constexpr,
@@ -120,11 +140,13 @@ def cross_entropy_rows_kernel(
     label = tl.load(labels_ptr + row)
     known = (label >= 0) & (label < vocabulary)
     picked = tl.load(row_ptr + label, mask=known, other=float("nan")).to(tl.float32)
+    if bias_ptr is not None:
+        picked += tl.load(bias_ptr + label, mask=known, other=0.0).to(tl.float32)
 
     top = tl.full([COLS // VECTOR], LOWEST, dtype=tl.float32)
     total = tl.zeros([COLS // VECTOR], dtype=tl.float32)
     for tile in range(0, tiles):
-        x = load_logits(row_ptr, tile * COLS + cols, tile * COLS + first < vocabulary, vocabulary)
+        x = load_logits(row_ptr, bias_ptr, tile * COLS + cols, tile * COLS + first < vocabulary, vocabulary)
         higher = tl.maximum(top, tl.max(x, axis=1))
         total = total * tl.exp(top - higher) + tl.sum(tl.exp(x - higher[:, None]), axis=1)
         top = higher
@@ -137,7 +159,7 @@ def cross_entropy_rows_kernel(
         share = relative / all_total
         for i in range(0, tiles):
             start = (tiles - 1 - i) * COLS
-            x = load_logits(row_ptr, start + cols, start + first < vocabulary, vocabulary)
+            x = load_logits(row_ptr, bias_ptr, start + cols, start + first < vocabulary, vocabulary)
             gradient = tl.exp(x - highest) * share - tl.where(start + cols == label.to(tl.int32), relative, 0.0)
             tl.store(row_ptr + start + cols, gradient, mask=start + first < vocabulary)
 
@@ -164,25 +186,28 @@ def _nothing(*_: object) -> None:
 
 @primitive(
     "cross_entropy_rows(Tensor(a!) logits, Tensor labels, Tensor weights, Tensor scale, Tensor(b!) losses,"
-    " bool gradient) -> ()",
+    " bool gradient, Tensor? bias=None) -> ()",
     fake=_nothing,
 )
 def cross_entropy_rows(
-    logits: Tensor, labels: Tensor, weights: Tensor, scale: Tensor, losses: Tensor, gradient: bool
-) -> None:
+    logits: Tensor, labels: Tensor, weights: Tensor, scale: Tensor, losses: Tensor, gradient: bool,
+    bias: Tensor | None = None,
+) -> None:  # fmt: skip
     """Writes losses [n] fp32 of logits [n, V] and, where `gradient`, dlogits for weights / scale over the logits.
 
     labels int64 [n], weights fp32 [n], scale fp32 [] are contiguous. Rows start at multiples of 8 elements; those
-    between V and the next multiple of 8 are written too. A row of weight 0 is not read. A label outside of 0..V-1
-    makes the row's loss NaN.
+    between V and the next multiple of 8 are written too. bias, contiguous, goes as far, in zeros from V on. A row of
+    weight 0 is not read. A label outside of 0..V-1 makes the row's loss NaN.
     """
     rows, vocabulary = logits.shape
     if logits.stride(1) != 1 or logits.stride(0) % VECTOR:
         raise ValueError(f"logits: rows start at multiples of {VECTOR} elements, got strides {logits.stride()}")
+    if bias is not None and bias.shape[0] < triton.cdiv(vocabulary, VECTOR) * VECTOR:
+        raise ValueError(f"bias: {vocabulary} elements and padding to a multiple of {VECTOR}, got {bias.shape[0]}")
     config = launch("cross_entropy_rows", vocabulary, logits)
     run(
         cross_entropy_rows_kernel, (rows,), config,
-        logits, labels, weights, scale, losses, logits.stride(0), vocabulary, GRADIENT=gradient, VECTOR=VECTOR,
+        logits, labels, weights, scale, losses, bias, logits.stride(0), vocabulary, GRADIENT=gradient, VECTOR=VECTOR,
     )  # fmt: skip
 
 
@@ -234,24 +259,29 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype)
 
 def _loss_and_gradients(
     hidden: Tensor, head: Tensor, labels: Tensor, weights: Tensor, chunk: int, need_hidden: bool, need_head: bool,
-    rows_op: Rows,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """Loss, and dhidden (hidden's dtype) and dhead (fp32) divided by the returned `scale`."""
+    rows_op: Rows, bias: Tensor | None, need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Loss, scale, and divided by it dhidden (hidden's dtype), dhead and dbias (fp32)."""
     rows, vocabulary = hidden.shape[0], head.shape[0]
     scale = torch.linalg.vector_norm(weights, torch.inf) / HEADROOM if rows else weights.new_zeros(())
     losses = torch.empty_like(weights)
     dhidden = hidden.new_empty(hidden.shape) if need_hidden else None
     dhead = torch.zeros_like(head, dtype=weights.dtype) if need_head and not rows else None
+    dbias = weights.new_zeros(vocabulary) if need_bias else None
+    padded = None if bias is None else F.pad(bias, (0, -vocabulary % VECTOR)).contiguous()
     buffer = hidden.new_empty(min(chunk, rows), _pitch(vocabulary))[:, :vocabulary]
     for start in range(0, rows, chunk):
         part = slice(start, min(start + chunk, rows))
         logits = torch.mm(hidden[part], head.T, out=buffer[: part.stop - start])
-        rows_op(logits, labels[part], weights[part], scale, losses[part], need_hidden or need_head)
+        needed = need_hidden or need_head or need_bias
+        rows_op(logits, labels[part], weights[part], scale, losses[part], needed, padded)
         if dhidden is not None:
             torch.mm(logits, head, out=dhidden[part])
         if need_head:
             dhead = _add_product(dhead, logits.T, hidden[part], weights.dtype)
-    return losses.sum(), scale, dhidden, dhead
+        if dbias is not None:
+            dbias += logits.sum(dim=0, dtype=weights.dtype)
+    return losses.sum(), scale, dhidden, dhead, dbias
 
 
 def _dense(weight: Weight, hidden: Tensor) -> Tensor:
@@ -265,28 +295,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Weight,
+        bias: Tensor | None,
         labels: Tensor,
         weights: Tensor,
         chunk: int,
         differentiate: bool,
         on_triton: bool,
     ) -> Tensor:
-        need_hidden, need_head = (differentiate and need for need in ctx.needs_input_grad[:2])
+        need_hidden, need_head, need_bias = (differentiate and need for need in ctx.needs_input_grad[:3])
         head, rows_op = _dense(weight, hidden), cross_entropy_rows if on_triton else cross_entropy_rows_reference
-        loss, scale, dhidden, dhead = _loss_and_gradients(
-            hidden, head, labels, weights, chunk, need_hidden, need_head, rows_op
+        loss, scale, *gradients = _loss_and_gradients(
+            hidden, head, labels, weights, chunk, need_hidden, need_head, rows_op, bias, need_bias
         )
-        ctx.save_for_backward(scale, dhidden, dhead)
-        ctx.head_dtype, ctx.scaled = weight.dtype, scale_gradient if on_triton else _scale_in_torch
+        ctx.save_for_backward(scale, *gradients)
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        ctx.scaled = scale_gradient if on_triton else _scale_in_torch
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None]:
-        scale, dhidden, dhead = ctx.saved_tensors
-        dhidden = None if dhidden is None else ctx.scaled(dhidden, grad, scale, dhidden.dtype)
-        dhead = None if dhead is None else ctx.scaled(dhead, grad, scale, ctx.head_dtype)
-        return dhidden, dhead, None, None, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        scale, *gradients = ctx.saved_tensors
+        pairs = zip(gradients, ctx.dtypes, strict=True)
+        return (*(None if x is None else ctx.scaled(x, grad, scale, dtype) for x, dtype in pairs), *[None] * 5)
 
 
 def linear_cross_entropy(
@@ -295,16 +326,18 @@ def linear_cross_entropy(
     labels: Tensor,
     weights: Tensor,
     *,
+    bias: Tensor | None = None,
     memory_budget: int = MEMORY_BUDGET,
 ) -> Tensor:
-    """sum_i weights_i CE(hidden_i W^T, labels_i), fp32 scalar (fp64 for fp64 input).
+    """sum_i weights_i CE(hidden_i W^T + bias, labels_i), fp32 scalar (fp64 for fp64 input).
 
-    hidden [L, D], weight [V, D], labels int64 [L] in 0..V-1, weights fp32 [L] (not differentiated); L may be 0.
-    Gradients for hidden and, where it requires one, weight (summed in fp32 over the chunks, in a fixed order).
+    hidden [L, D], weight [V, D], bias [V] in fp32 or hidden's dtype, labels int64 [L] in 0..V-1, weights fp32 [L] (not
+    differentiated); L may be 0.
+    Gradients for hidden and, where they require one, weight and bias (fp32 sums over the chunks, in a fixed order).
     `memory_budget` bounds the bytes of logits that exist at once, as far as 1,024 rows allow. What the call returns or
-    keeps for the backward is on top of it: dhidden [L, D], dW [V, D] fp32, an unpacked head.
+    keeps for the backward is on top of it: dhidden [L, D], dW [V, D] and dbias [V] fp32, an unpacked head.
     Labels are not checked on a GPU (it would wait for them): one outside of 0..V-1 makes the loss NaN.
-    Raises ValueError where the shapes do not fit.
+    Raises ValueError where the shapes or the bias's dtype do not fit.
     """
     rows, (vocabulary, dim) = hidden.shape[0], weight.shape
     if hidden.ndim != 2 or hidden.shape[1] != dim or labels.shape != (rows,) or weights.shape != (rows,):
@@ -312,10 +345,15 @@ def linear_cross_entropy(
             f"linear_cross_entropy takes hidden [L, {dim}], labels [L] and weights [L] with a head of shape "
             f"{tuple(weight.shape)}; got {tuple(hidden.shape)}, {tuple(labels.shape)} and {tuple(weights.shape)}"
         )
+    if bias is not None and (bias.shape != (vocabulary,) or bias.dtype not in (hidden.dtype, torch.float32)):
+        raise ValueError(
+            f"linear_cross_entropy takes a bias [{vocabulary}] in float32 or {hidden.dtype} with this head and hidden; "
+            f"got {tuple(bias.shape)} {bias.dtype}"
+        )
     on_triton = choose("linear_cross_entropy", hidden, ("triton", "reference")) == "triton"
     chunk = chunk_rows(vocabulary, hidden.dtype, memory_budget)
     weights = weights.to(torch.promote_types(hidden.dtype, torch.float32)).contiguous()
     loss = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, labels.contiguous(), weights, chunk, torch.is_grad_enabled(), on_triton
+        hidden, weight, bias, labels.contiguous(), weights, chunk, torch.is_grad_enabled(), on_triton
     )
     return cast(Tensor, loss)

@@ -19,7 +19,7 @@ cast last.
     lora_update   dX += drop(g A). Reads and writes dX, reads g and A; no [T, K] beside it
     lora_outer    dA, and dB from dY and h. Reads x (dY) and g (h), writes [n r, K] in fp32, once a chunk of 256 to
                   1,024 tokens
-    The last two read g again for each 64 channels, but in neighbouring programs: from the L2 cache.
+    The last two read g again for each 16 to 64 channels, but in neighbouring programs: from the L2 cache.
 
 Prediction: with dropout the hash (some 24 integer instructions an element and layer) outweighs the bytes on an H100.
 """
@@ -43,7 +43,7 @@ from kernels.dropout import keep_mask, threshold
 from kernels.frozen_linear import Weight, input_gradient, products
 from kernels.int8 import Int8Tensor, dequantize_int8
 
-LARGEST_GROUP, LARGEST_RANK = 3, 128
+LARGEST_GROUP, LARGEST_RANK = 3, 256
 
 
 def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
@@ -125,11 +125,14 @@ def _outer_outputs(code: Tensor, x: Tensor, *_: object) -> Tensor:
 
 
 @primitive(
-    "lora_outer(Tensor code, Tensor x, int adapters, float dropout, Tensor? seed, int site) -> Tensor",
+    "lora_outer(Tensor code, Tensor x, int adapters, float dropout, Tensor? seed, int site, float scale=1.0) -> Tensor",
     fake=_outer_outputs,
 )
-def lora_outer(code: Tensor, x: Tensor, adapters: int, dropout: float, seed: Tensor | None, site: int) -> Tensor:
-    """code [T, n r], x [T, K] with unit last strides, of one dtype -> code^T drop(x) [n r, K] fp32; seed None: of x."""
+def lora_outer(
+    code: Tensor, x: Tensor, adapters: int, dropout: float, seed: Tensor | None, site: int, scale: float = 1.0
+) -> Tensor:
+    """code [T, n r], x [T, K] with unit last strides, of one dtype -> scale code^T drop(x) [n r, K] fp32; seed None:
+    of x itself."""
     (tokens, channels), width = x.shape, code.shape[1]
     size, constants = _sizes(adapters, width, x)
     config = launch("lora_outer", size, x)
@@ -138,7 +141,7 @@ def lora_outer(code: Tensor, x: Tensor, adapters: int, dropout: float, seed: Ten
     run(
         lora_linear_kernels.lora_outer_kernel, (triton.cdiv(channels, config.cols), chunks), config,
         code, x, seed, partial, code.stride(0), x.stride(0), tokens, channels, site,
-        threshold(dropout), 1.0 if seed is None else 1.0 / (1.0 - dropout), **constants,
+        threshold(dropout), scale if seed is None else scale / (1.0 - dropout), **constants,
     )  # fmt: skip
     return partial[0] if chunks == 1 else partial.sum(0)
 
@@ -158,42 +161,60 @@ class _LoraLinears(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, seed, *adapters)
         ctx.weights, ctx.options = weights, (scaling, dropout, site)
-        a, b = adapters[: len(weights)], adapters[len(weights) :]
-        codes = _codes(x, _stacked(a, x), len(a), dropout, seed, site)
+        a, ups = _narrowed(adapters[: len(weights)], adapters[len(weights) :], x)
+        codes = _codes(x, a, len(weights), dropout, seed, site)
         ys = products(x, weights, biases)
-        return tuple(y.addmm_(h, up.to(x.dtype).T, alpha=scaling) for y, up, h in zip(ys, b, codes, strict=True))
+        return tuple(y.addmm_(h, up.T, alpha=scaling) for y, up, h in zip(ys, ups, codes, strict=True))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         x, seed, *adapters = ctx.saved_tensors
-        scaling, dropout, site = ctx.options
-        n = len(ctx.weights)
-        needs_x, needs_a, needs_b = (any(ctx.needs_input_grad[i:j]) for i, j in ((0, 1), (7, 7 + n), (7 + n, None)))
-        a, b = _stacked(adapters[:n], x), adapters[n:]
-        dys = tuple(unit_stride(dy) for dy in dys)
-        g = torch.cat([dy @ (scaling * up).to(x.dtype) for dy, up in zip(dys, b, strict=True)], dim=1)  # [T, n r]
-        dx: Tensor | None = None
-        if needs_x:
-            dx = input_gradient(dys, ctx.weights)
-            if seed is None:
-                dx.addmm_(g, a)
-            else:
-                lora_update_(dx, g, a, n, dropout, seed, site)
-        da: Sequence[Tensor | None] = [None] * n
-        if needs_a:
-            da = [part.to(adapters[0].dtype) for part in lora_outer(g, x, n, dropout, seed, site).chunk(n)]
-        db: Sequence[Tensor | None] = [None] * n
-        if needs_b:
-            codes = _codes(x, a, n, dropout, seed, site)
-            outer = [lora_outer(h, dy, 1, 0.0, None, 0) for h, dy in zip(codes, dys, strict=True)]  # [r, N_i] each
-            db = [(scaling * each).T.to(up.dtype) for each, up in zip(outer, b, strict=True)]
+        n, (scaling, dropout, site) = len(ctx.weights), ctx.options
+        needs = tuple(any(ctx.needs_input_grad[i:j]) for i, j in ((0, 1), (7, 7 + n), (7 + n, None)))
+        dx, da, db = _gradients(
+            x, dys, ctx.weights, adapters[:n], adapters[n:], seed, scaling, dropout, site, needs
+        )  # fmt: skip
         return dx, None, None, None, None, None, None, *da, *db
 
 
-def _stacked(a: Sequence[Tensor], x: Tensor) -> Tensor:
-    """[n r, K] in x's dtype."""
-    return torch.cat([each.to(x.dtype) for each in a])
+def _gradients(
+    x: Tensor, dys: Sequence[Tensor], weights: Sequence[Weight], downs: Sequence[Tensor], ups: Sequence[Tensor],
+    seed: Tensor | None, scaling: float, dropout: float, site: int, needs: tuple[bool, ...],
+) -> tuple[Tensor | None, Sequence[Tensor | None], Sequence[Tensor | None]]:  # fmt: skip
+    """dx [T, K], the layers' dA and their dB, those of the three that `needs` says."""
+    n, (a, narrow) = len(weights), _narrowed(downs, ups, x)
+    dys = tuple(unit_stride(dy) for dy in dys)
+    g = x.new_empty(x.shape[0], a.shape[0])
+    for part, dy, up in zip(g.chunk(n, dim=1), dys, narrow, strict=True):
+        part.addmm_(dy, up, beta=0, alpha=scaling)
+    dx: Tensor | None = None
+    if needs[0]:
+        dx = input_gradient(dys, weights)
+        if seed is None:
+            dx.addmm_(g, a)
+        else:
+            lora_update_(dx, g, a, n, dropout, seed, site)
+    da: Sequence[Tensor | None] = [None] * n
+    if needs[1]:
+        da = [part.to(downs[0].dtype) for part in lora_outer(g, x, n, dropout, seed, site).chunk(n)]
+    db: Sequence[Tensor | None] = [None] * n
+    if needs[2]:
+        codes = _codes(x, a, n, dropout, seed, site)
+        outer = [lora_outer(h, dy, 1, 0.0, None, 0, scaling) for h, dy in zip(codes, dys, strict=True)]  # [r, N_i] each
+        db = [each.T.to(up.dtype) for each, up in zip(outer, ups, strict=True)]
+    return dx, da, db
+
+
+def _narrowed(a: Sequence[Tensor], b: Sequence[Tensor], x: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+    """All A as one matrix [n r, K] and the B [N, r], in x's dtype: one launch for a group, not one a matrix."""
+    stacked = x.new_empty(sum(each.shape[0] for each in a), x.shape[1])
+    targets, ups = list(stacked.chunk(len(a))), b
+    if any(each.dtype != x.dtype for each in b):
+        ups = [x.new_empty(each.shape) for each in b]
+        targets += ups
+    torch._foreach_copy_(targets, [*a, *b][: len(targets)])
+    return stacked, ups
 
 
 def _codes(x: Tensor, a: Tensor, adapters: int, dropout: float, seed: Tensor | None, site: int) -> tuple[Tensor, ...]:
@@ -245,7 +266,7 @@ def lora_linear(
 ) -> Tensor:
     """x [T, K] through the frozen weight [N, K] and bias [N], plus scaling * (drop(x) a^T) b^T; returns [T, N].
 
-    weight in x's dtype, NF4 or int8; bias in x's dtype; a [r, K] and b [N, r], r <= 128, in fp32 or x's dtype, as are
+    weight in x's dtype, NF4 or int8; bias in x's dtype; a [r, K] and b [N, r], r <= 256, in fp32 or x's dtype, as are
     their gradients. Where a seed (int64 [1], on x's device) is given, x is dropped out with probability `dropout`;
     `site` tells this dropout from the model's others.
     Raises ValueError where shapes or dtypes do not fit, or where weight or bias require a gradient.
@@ -253,6 +274,26 @@ def lora_linear(
     return lora_linears(
         x, (weight,), (bias,), (a,), (b,), scaling=scaling, dropout=dropout, seed=seed, site=site
     )[0]  # fmt: skip
+
+
+def lora_linear_gradients(
+    x: Tensor, dy: Tensor, weight: Weight, a: Tensor, b: Tensor, *, scaling: float, dropout: float = 0.0,
+    seed: Tensor | None = None, site: int = 0, needs_x: bool = True,
+) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
+    """`lora_linear`'s gradients of x (None unless `needs_x`), a and b from that of y [T, N], without computing y: for
+    a layer whose forward pass is not to run again. The same bits as its own backward; not differentiable."""
+    active = seed if dropout > 0.0 else None
+    if choose("lora_linear", x, ("triton", "reference")) == "reference":
+        leaves = [t.detach().requires_grad_() for t in (x, a, b)]
+        with torch.enable_grad():
+            y = lora_linear_reference(leaves[0], weight, None, leaves[1], leaves[2], scaling, dropout, active, site)
+        dx, da, db = torch.autograd.grad(y, leaves, dy)
+        return dx if needs_x else None, da, db
+    with torch.no_grad():
+        found, (da_or_none,), (db_or_none,) = _gradients(
+            unit_stride(x), (dy,), (weight,), (a,), (b,), active, scaling, dropout, site, (needs_x, True, True)
+        )
+    return found, cast(Tensor, da_or_none), cast(Tensor, db_or_none)
 
 
 def _check(

@@ -24,9 +24,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.activation import activate, tile
+from kernels.activation import activate, extent, tile
 from kernels.dispatch import choose, launch, primitive, run, unit_stride, wide
-from kernels.launches import ANY
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -95,7 +94,7 @@ def _forward_outputs(gate: Tensor, up: Tensor) -> Tensor:
 def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
     """gate, up [T, F] with unit last stride -> h [T, F]."""
     h = _forward_outputs(gate, up)
-    tokens, channels = _extent(gate, up)
+    tokens, channels = extent(gate, up)
     config = launch("swiglu_forward", channels, gate)
     grid = (triton.cdiv(tokens, config.rows) * triton.cdiv(channels, config.cols),)
     run(swiglu_forward_kernel, grid, config, gate, up, h, gate.stride(0), up.stride(0), tokens, channels)
@@ -108,19 +107,11 @@ def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
 )
 def swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor) -> None:
     """All [T, F] with unit last stride. Writes dgate and dup, which may be gate and up themselves."""
-    tokens, channels = _extent(dh, gate, up, dgate, dup)
+    tokens, channels = extent(dh, gate, up, dgate, dup)
     config = launch("swiglu_backward", channels, gate)
     strides = (x.stride(0) for x in (dh, gate, up, dgate, dup))
     grid = (triton.cdiv(tokens, config.rows) * triton.cdiv(channels, config.cols),)
     run(swiglu_backward_kernel, grid, config, dh, gate, up, dgate, dup, *strides, tokens, channels)
-
-
-def _extent(*tensors: Tensor) -> tuple[int, int]:
-    """Rows and channels [T, F] that the kernels see: one row of T x F where no tensor has gaps."""
-    tokens, channels = tensors[0].shape
-    if tokens * channels <= ANY and all(x.is_contiguous() for x in tensors):
-        return 1, tokens * channels
-    return tokens, channels
 
 
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -38,10 +38,11 @@ class LayerCache:
             stored.append(flat[:size].unflatten(0, (owner.batch_size, owner.max_length)))
         self.keys, self.values = stored
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One new token a sequence: q [B, H, d], k and v [B, G, d] -> [B, H, d]."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+        """One new token a sequence: q [B, H, d], k and v [B, G, d] -> [B, H, d]. It sees `window` tokens, itself among
+        them; None: all."""
         assert self.keys is not None and self.values is not None
-        return decode_attention(q, k, v, self.keys, self.values, self.owner.lengths)
+        return decode_attention(q, k, v, self.keys, self.values, self.owner.lengths, window=window)
 
 
 @dataclass

@@ -33,3 +33,10 @@ class Norm(nn.Module):
             return add_rms_norm(x, delta, self.weight, self.eps)
         stream, y = add_layer_norm(x, delta, self.weight, self.bias, self.eps)
         return stream, y
+
+    def add_for_two(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """`add` for two branches that read the norm, one result each: the gradients of both arrive in one backward
+        pass, which adds them up on its way. Of a LayerNorm."""
+        assert self.bias is not None
+        stream, y, same = add_layer_norm(x, delta, self.weight, self.bias, self.eps, branches=2)
+        return stream, y, same

@@ -8,6 +8,8 @@
 LaVIN's modality token sees only itself and is seen by no other token; as a segment of its own, plain causal
 attention within segments gives exactly that mask. It depends only on the modality, so a pack carries two of them.
 
+Without MMA adapters in the language model there are no modality tokens: samples begin at row 0, with position 0.
+
 Images come as tiles for the tower or, where a frozen tower has seen them before, as its features.
 """
 
@@ -50,16 +52,18 @@ class Pack:
 
     input_ids: Tensor  # int64 [T], 0 at modality rows and image slots
     segments: Segments
-    modality_rows: Tensor  # int64 [2], where the text and the image+text modality tokens stand
+    modality_rows: Tensor  # int64 [2], where the text and the image+text modality tokens stand; [0] without any
     tiles: Tensor | None  # fp32 [N, 3, H, W]; None when no sample has an image
     tile_router: Tensor  # int64 [N], which tile routes each tile in the tower's adapters (its own, by default)
-    image_slots: Tensor  # int64 [M * K], positions of the K tokens of each of the first M tiles
+    image_slots: Tensor  # int64 [I], positions of image embeddings
     supervised: Tensor  # int64 [L], rows whose next token is a target
     labels: Tensor  # int64 [L], that next token
     weights: Tensor  # fp32 [L], its share of the step's loss
     num_samples: int
     features: Tensor | None = None  # [N, K, W], the output of a frozen tower; then there are no tiles
     feature_rows: FeatureRows | None = None  # where `features` will come from; gone once they are there
+    image_rows: Tensor | None = None  # int64 [I]: which row of (projected tiles [N * K', D], image_newline [1, D]) each
+    # slot takes; None: the slots take the embeddings of the first tiles, in order
 
     def to(self, device: torch.device | str) -> Pack:
         return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))

@@ -17,7 +17,7 @@ from engine.config import Legacy, leaves
 from engine.data import preview
 from engine.data.rows import parse_row
 from engine.errors import DataError, NibbleError
-from engine.flags import parse_chat, parse_eval, parse_train
+from engine.flags import parse_chat, parse_eval, parse_export, parse_train
 from engine.memory_size import gib
 from engine.plan.make import Plan, plan_without_weights
 from kernels import compile as compiler
@@ -68,6 +68,8 @@ def type_it(script: str, argv: list[str]) -> list[str]:
         return parse_eval(argv)[1]
     if script == "chat.py":
         parse_chat(argv)
+    elif script == "export.py":
+        parse_export(argv)
     elif script == "doctor.py":
         doctor.options(argv)
     elif script == "kernels.compile":

@@ -1,5 +1,4 @@
-"""Image files to tiles, as LaVIN prepares them: RGB, squashed to a square by PIL's bicubic filter on bytes, divided by
-255, ImageNet mean and deviation (not CLIP's). EXIF orientation is not applied, as there.
+"""Image files to the tiles of a tower (image_processor.py).
 
 Files are data of strangers: three formats, a size and a pixel limit read from the header before anything is decoded,
 and no path that leaves the folder it was given for.
@@ -12,20 +11,19 @@ import stat
 import struct
 import threading
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
+from engine.data.image_processor import ImageProcessor
 from engine.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 25_000_000
 MAX_BYTES = 50_000_000
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 
 # What Pillow's three decoders raise on damaged files.
 _DAMAGED = (
@@ -53,12 +51,25 @@ def resolve(folder: str, name: str, where: str) -> str:
     return path
 
 
-def load_image(path: str, size: int, where: str = "") -> Tensor:
-    """The file as uint8 [3, size, size].
+def load_image(path: str, processor: ImageProcessor, where: str = "") -> Tensor:
+    """The file's tiles as uint8 [3, size, size], or [n, 3, size, size] where a picture has several.
 
     Raises:
         DataError: the file is missing, too large, not JPEG, PNG or WEBP, or damaged. It names the path and `where`.
     """
+    with _opened(path, where) as image:
+        return processor.tiles(image)
+
+
+def image_size(path: str, where: str = "") -> tuple[int, int]:
+    """Width and height of a file in pixels, from its header. Raises DataError as `load_image` does."""
+    with _opened(path, where) as image:
+        return image.size
+
+
+@contextmanager
+def _opened(path: str, where: str) -> Iterator[Image.Image]:
+    """The file, its header checked; what goes wrong inside is a DataError, too."""
     at = f"{where}: {path}" if where else path
     try:
         status = Path(path).stat()
@@ -70,7 +81,10 @@ def load_image(path: str, size: int, where: str = "") -> Tensor:
             if image.width * image.height > MAX_PIXELS:
                 found = f"{image.width} x {image.height} pixels"
                 raise DataError(f"an image has {found}, the limit is {MAX_PIXELS}", where=at)
-            squashed = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+            yield image
+    except DataError as error:
+        error.where = error.where or at
+        raise
     except _DAMAGED as error:
         raise DataError(
             "an image cannot be read",
@@ -78,33 +92,31 @@ def load_image(path: str, size: int, where: str = "") -> Tensor:
             why=f"{type(error).__name__}: {error}",
             do="replace the file; JPEG, PNG and WEBP are read",
         ) from error
-    return torch.from_numpy(np.array(squashed)).permute(2, 0, 1).contiguous()
-
-
-def normalize(image: Tensor) -> Tensor:
-    """uint8 [3, H, W] -> fp32 [3, H, W]: (x / 255 - mean) / std."""
-    mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
-    return (image.float() / 255 - mean) / std
 
 
 class TileReader:
-    """Tiles of `size` pixels by path. The first images read stay in memory, as bytes, up to `cache_bytes`: a data set
+    """Tiles by path. The first images read stay in memory, as bytes, up to `cache_bytes`: a data set
     is read in another order each epoch, so an image that was dropped would be the next one asked for as likely as any.
     """
 
-    def __init__(self, size: int = 224, cache_bytes: int = 256 << 20) -> None:
-        self.size = size
+    def __init__(self, processor: ImageProcessor, cache_bytes: int = 256 << 20) -> None:
+        self.processor = processor
         self._room = cache_bytes
         self._cache: dict[str, Tensor] = {}
         self._lock = threading.Lock()
 
+    @property
+    def size(self) -> int:
+        """Pixels a side of a tile."""
+        return self.processor.size
+
     def tile(self, path: str, where: str = "") -> Tensor:
-        """fp32 [3, size, size]. Raises DataError as `load_image` does."""
+        """fp32 [3, size, size], or [n, 3, size, size]. Raises DataError as `load_image` does."""
         image = self._cache.get(path)
         if image is None:
-            image = load_image(path, self.size, where)
+            image = load_image(path, self.processor, where)
             with self._lock:
                 if path not in self._cache and image.nbytes <= self._room:
                     self._cache[path] = image
                     self._room -= image.nbytes
-        return normalize(image)
+        return self.processor.normalize(image)

@@ -23,7 +23,7 @@ from typing import Protocol
 from torch import Tensor
 
 from engine.data.images import TileReader
-from engine.data.packing import Reduction, collate, first_of_micro_batch, token_weights
+from engine.data.packing import LAVIN, PackForm, Reduction, collate, first_of_micro_batch, token_weights
 from engine.data.padding import pad
 from engine.data.planning import plan_packs
 from engine.data.sample import Dataset, Sample
@@ -67,12 +67,13 @@ class StepLoader:
         pinned: packs lie in pinned memory, for copies to a GPU.
         places: of images whose features are kept, where the tower is frozen: only images that it has not seen come as
             tiles.
+        form: of the packs that the model expects.
     """
 
     def __init__(
         self, dataset: Dataset, order: StepOrder, reader: TileReader, *, tokens_per_batch: int, reduction: Reduction,
         micro_batch: int, rank: int = 0, ranks: int = 1, num_workers: int = 0, legacy_clip_router: bool = False,
-        few_shapes: bool = False, pinned: bool = False, places: ImagePlaces | None = None,
+        few_shapes: bool = False, pinned: bool = False, places: ImagePlaces | None = None, form: PackForm = LAVIN,
     ) -> None:  # fmt: skip
         self.dataset = dataset
         self.order = order
@@ -87,6 +88,7 @@ class StepLoader:
         self.few_shapes = few_shapes
         self.pinned = pinned
         self.places = places
+        self.form = form
         self._turns: _Turns | None = None  # of steps that are prepared at once
         self.truncated: set[int] = set()  # samples met so far whose end was cut off
         self.without_target: set[int] = set()  # samples met so far that teach nothing: their prompt alone fills them
@@ -115,7 +117,7 @@ class StepLoader:
             samples += [self.dataset.sample(index) for index in indices]
             plan = plan_packs(
                 [len(sample.input_ids) for sample in samples], self.tokens_per_batch, self.ranks,
-                tiles=[int(sample.image is not None) for sample in samples],
+                tiles=[sample.tiles for sample in samples], modality=self.form.modality,
             )  # fmt: skip
             mine += plan[self.rank :: self.ranks]
         finally:  # a step that cannot be read takes its turn, too: others wait for it
@@ -138,8 +140,9 @@ class StepLoader:
                 outside=[self._tile(samples[i], indices[i]) for i in outside],
                 dummy_size=self.reader.size if self.ranks > 1 and number == len(mine) - 1 else 0,
                 table_rows=None if places is None else self._rows([row for row, _ in places]),
+                form=self.form,
             )
-            pack = pad(pack) if self.few_shapes else pack
+            pack = pad(pack, self.form.tile_tokens) if self.few_shapes else pack
             packs.append(pack.pin_memory() if self.pinned else pack)
         return packs
 

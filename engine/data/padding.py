@@ -3,11 +3,14 @@
     T tokens            as they are: multiples of 128
     S segments          multiples of 16, by empty segments
     L supervised rows   multiples of a quarter of T, by rows of weight 0
-    N tiles             multiples of T / 1024, at least of 2, by zeros whose image slots are row 0
+    N tiles             multiples of T / 1024, at least of 2, by zeros; where a tile has many tokens, as they are
+    I image slots       those of all tiles, or where embeddings are gathered multiples of a quarter of T
     longest segment     512, 1024, 2048, ...: a bound, which is all that attention asks for
 
-Nothing of this reaches the loss or a gradient. Row 0 is a modality row: the model writes its embedding there after the
-images, so what an added tile put there is gone and its gradient is zero. Sums over more rows may round differently.
+Nothing of this reaches the loss or a gradient. Added image slots are row 0 where that is a modality row: the model
+writes its embedding there after the images, so what an added tile put there is gone and its gradient is zero. Without
+modality rows they are the last row, which fills the pack up and is in no sample's segment: packs without modality rows
+always have one (engine/data/planning.py). Sums over more rows may round differently.
 
 Counted in 2,000 steps of 32 samples with ScienceQA's lengths (benchmarks/lengths.py; half of them with an image, 70 %
 of their tokens supervised): the shapes; how many passes are replayed where a shape's first pass is not and 64 shapes
@@ -30,16 +33,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from engine.data.packing import LAVIN
 from engine.data.planning import round_up
 from models.pack import FeatureRows, Pack
-from models.vision.clip import NUM_TAPS
 
 SEGMENTS = 16
 SHORTEST_BOUND = 512
+MANY_TOKENS = 128  # of a tile: a pack of T tokens has T / 128 of such tiles at most, and each is dear
 
 
-def pad(pack: Pack, slots: int = NUM_TAPS) -> Pack:
-    """`pack` (on the CPU) in one of few shapes. `slots`: image tokens of a tile."""
+def pad(pack: Pack, slots: int = LAVIN.tile_tokens) -> Pack:
+    """`pack` (on the CPU) in one of few shapes. `slots`: image tokens of a tile, K'."""
     tokens = pack.input_ids.numel()
     bounds = pack.segments.cu_seqlens
     rows = min(_up(pack.supervised.numel(), round_up(-(-tokens // 4))), tokens)
@@ -60,27 +64,32 @@ def padded_segments(count: int) -> int:
     return _up(count, SEGMENTS)
 
 
-def padded_tiles(count: int, tokens: int) -> int:
-    """N of a pack of so many tokens with `count` tiles."""
-    return _up(count, max(2, -(-tokens // 1024)))
+def padded_tiles(count: int, tokens: int, slots: int) -> int:
+    """N of a pack of so many tokens with `count` tiles of `slots` image tokens each."""
+    return count if slots >= MANY_TOKENS else _up(count, max(2, -(-tokens // 1024)))
 
 
 def _pad_images(pack: Pack, tokens: int, slots: int) -> Pack:
+    unwanted = 0 if pack.modality_rows.numel() else tokens - 1
     if pack.feature_rows is not None:
         of_images = pack.feature_rows.of_images
-        count = padded_tiles(of_images.numel(), tokens)  # row 0 of the table is zeros
+        count = padded_tiles(of_images.numel(), tokens, slots)  # row 0 of the table is zeros
         rows = FeatureRows(of_images=_filled(of_images, count), of_tiles=pack.feature_rows.of_tiles)
-        return replace(pack, feature_rows=rows, image_slots=_filled(pack.image_slots, count * slots))
+        return replace(pack, feature_rows=rows, image_slots=_filled(pack.image_slots, count * slots, unwanted))
     if pack.tiles is None:
         return pack
     real = pack.tiles.shape[0]
-    count = padded_tiles(real, tokens)
-    return replace(
+    count = padded_tiles(real, tokens, slots)
+    pack = replace(
         pack,
         tiles=torch.cat((pack.tiles, pack.tiles.new_zeros(count - real, *pack.tiles.shape[1:]))),
         tile_router=torch.cat((pack.tile_router, torch.arange(real, count))),  # each its own
-        image_slots=_filled(pack.image_slots, count * slots),
     )
+    if pack.image_rows is None:
+        return replace(pack, image_slots=_filled(pack.image_slots, count * slots, unwanted))
+    size = min(_up(pack.image_slots.numel(), round_up(-(-tokens // 4))), tokens)
+    gathered = torch.where(pack.image_rows == real * slots, count * slots, pack.image_rows)  # the newline stays last
+    return replace(pack, image_slots=_filled(pack.image_slots, size, unwanted), image_rows=_filled(gathered, size))
 
 
 def _up(count: int, multiple: int) -> int:

@@ -8,13 +8,19 @@ from itertools import combinations
 
 import numpy as np
 
-MODALITY_ROWS = 2  # of every pack: text, then image+text
+MODALITY_ROWS = 2  # of a pack for a model with modality tokens: text, then image+text
 MULTIPLE = 128  # a pack's tokens, and its supervised rows, come in multiples of this
 
 
 def round_up(count: int) -> int:
     """The next multiple of MULTIPLE."""
     return -(-count // MULTIPLE) * MULTIPLE
+
+
+def own_rows(*, modality: bool) -> int:
+    """Rows of a pack that belong to no sample, at least: its modality tokens, or without them one behind the samples,
+    for image tokens that nobody wants (padding.py)."""
+    return MODALITY_ROWS if modality else 1
 
 
 def most_tiles(tokens_per_batch: int) -> int:
@@ -26,17 +32,18 @@ def most_tiles(tokens_per_batch: int) -> int:
 
 def plan_packs(
     lengths: Sequence[int], tokens_per_batch: int, ranks: int = 1, *, tiles: Sequence[int] | None = None,
-    tiles_per_batch: int | None = None,
+    tiles_per_batch: int | None = None, modality: bool = True,
 ) -> list[list[int]]:  # fmt: skip
     """Spreads samples of these lengths over k packs, k the smallest multiple of `ranks` at which a greedy plan fits.
 
     Longest first, each sample goes to the pack with the fewest tokens that has room for its tiles; then samples change
-    packs as long as that saves padding and makes no pack larger than the largest. A pack, with its modality rows and
+    packs as long as that saves padding and makes no pack larger than the largest. A pack, with its own rows and
     rounded up to MULTIPLE, has at most `tokens_per_batch` tokens and `tiles_per_batch` tiles, or what one sample needs.
     No pack is empty; equal arguments give equal plans.
 
     Args:
         tiles: of each sample; None: they do not count. tiles_per_batch: None: `most_tiles` of the tokens.
+        modality: whether packs have modality tokens.
     Raises:
         ValueError: no samples, their number is no multiple of `ranks`, one has no tokens, or `tiles` is of another
             length.
@@ -46,13 +53,14 @@ def plan_packs(
     tiles = [0] * len(lengths) if tiles is None else tiles
     if len(tiles) != len(lengths):
         raise ValueError(f"got the tiles of {len(tiles)} samples beside the lengths of {len(lengths)}")
-    capacity = max(tokens_per_batch, _tokens(max(lengths)))
+    own = own_rows(modality=modality)
+    capacity = max(tokens_per_batch, round_up(own + max(lengths)))
     room = max(most_tiles(tokens_per_batch) if tiles_per_batch is None else tiles_per_batch, *tiles)
     k = max(-(-sum(lengths) // capacity), -(-sum(tiles) // room))
     k = -(-k // ranks) * ranks
-    while (packs := _spread(lengths, tiles, k, capacity, room)) is None:
+    while (packs := _spread(lengths, tiles, k, capacity, room, own)) is None:
         k += ranks  # ends at the latest with one sample a pack
-    _save_padding(packs, lengths, tiles, room)
+    _save_padding(packs, lengths, tiles, room, own)
     return [sorted(pack) for pack in packs]
 
 
@@ -60,11 +68,9 @@ def _sum(pack: list[int], of: Sequence[int]) -> int:
     return sum(of[i] for i in pack)
 
 
-def _tokens(load: int) -> int:
-    return round_up(MODALITY_ROWS + load)
-
-
-def _spread(lengths: Sequence[int], tiles: Sequence[int], k: int, capacity: int, room: int) -> list[list[int]] | None:
+def _spread(
+    lengths: Sequence[int], tiles: Sequence[int], k: int, capacity: int, room: int, own: int
+) -> list[list[int]] | None:
     """None where the samples do not fit into k packs in this way."""
     packs: list[list[int]] = [[] for _ in range(k)]
     emptiest = [(0, number) for number in range(k)]
@@ -72,7 +78,7 @@ def _spread(lengths: Sequence[int], tiles: Sequence[int], k: int, capacity: int,
         passed = []  # packs that have no room for its tiles
         while emptiest and _sum(packs[emptiest[0][1]], tiles) + tiles[i] > room:
             passed.append(heapq.heappop(emptiest))
-        if not emptiest or _tokens(emptiest[0][0] + lengths[i]) > capacity:
+        if not emptiest or round_up(own + emptiest[0][0] + lengths[i]) > capacity:
             return None
         load, number = heapq.heappop(emptiest)
         packs[number].append(i)
@@ -81,19 +87,19 @@ def _spread(lengths: Sequence[int], tiles: Sequence[int], k: int, capacity: int,
     return packs
 
 
-def _save_padding(packs: list[list[int]], lengths: Sequence[int], tiles: Sequence[int], room: int) -> None:
+def _save_padding(packs: list[list[int]], lengths: Sequence[int], tiles: Sequence[int], room: int, own: int) -> None:
     """Balanced packs are all filled alike, so each loses half a MULTIPLE on average. Moving or swapping samples between
     two packs until one of them ends just below a multiple wins most of that back."""
-    largest = max(_tokens(_sum(pack, lengths)) for pack in packs)
+    largest = max(round_up(own + _sum(pack, lengths)) for pack in packs)
     saved = True
     while saved:
         saved = False
         for a, b in combinations(packs, 2):
-            saved |= _exchange(a, b, lengths, tiles, largest, room)
+            saved |= _exchange(a, b, lengths, tiles, largest, room, own)
 
 
 def _exchange(
-    a: list[int], b: list[int], lengths: Sequence[int], tiles: Sequence[int], largest: int, room: int
+    a: list[int], b: list[int], lengths: Sequence[int], tiles: Sequence[int], largest: int, room: int, own: int
 ) -> bool:
     """Makes the one exchange between two packs that saves most tokens; False when none saves any."""
     load_a, load_b = _sum(a, lengths), _sum(b, lengths)
@@ -103,12 +109,12 @@ def _exchange(
         return np.array([0] + [of[i] for i in b])[None, :] - np.array([0] + [of[i] for i in a])[:, None]
 
     shift, tile_shift = difference(lengths), difference(tiles)
-    tokens_a = -(-(MODALITY_ROWS + load_a + shift) // MULTIPLE) * MULTIPLE
-    tokens_b = -(-(MODALITY_ROWS + load_b - shift) // MULTIPLE) * MULTIPLE
+    tokens_a = -(-(own + load_a + shift) // MULTIPLE) * MULTIPLE
+    tokens_b = -(-(own + load_b - shift) // MULTIPLE) * MULTIPLE
     allowed = (tokens_a <= largest) & (tokens_b <= largest) & (load_a + shift > 0) & (load_b - shift > 0)
     allowed &= (_sum(a, tiles) + tile_shift <= room) & (_sum(b, tiles) - tile_shift <= room)
     total = np.where(allowed, tokens_a + tokens_b, np.iinfo(np.int64).max)
-    if total.min() >= _tokens(load_a) + _tokens(load_b):
+    if total.min() >= round_up(own + load_a) + round_up(own + load_b):
         return False
     give_a, give_b = divmod(int(total.argmin()), len(b) + 1)
     moved_a = [a.pop(give_a - 1)] if give_a else []

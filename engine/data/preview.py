@@ -19,11 +19,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Literal, TextIO
 
+from engine.data.image_processor import ImageProcessor
 from engine.data.images import load_image, resolve
 from engine.data.layout import Layout
 from engine.data.rows import Row, read_rows
 from engine.data.sample import Sample
-from engine.data.tokenizer import Tokenizer
+from engine.data.tokenizer import Tokenizer, open_tokenizer
 from engine.errors import run_command
 
 Kind = Literal["head", "masked", "target", "image"]
@@ -58,7 +59,7 @@ def sample_lines(sample: Sample, tokenizer: Tokenizer, name: str) -> list[Line]:
             before = tokenizer.decode(sample.input_ids[begin:start])  # decoded apart, a run would lose its first space
             text = tokenizer.decode(sample.input_ids[begin:end])[len(before) :]
             ends = sample.input_ids[end - 1] == tokenizer.eos_id
-            lines += _text_lines(run, text + "</s>" * ends)
+            lines += _text_lines(run, text + tokenizer.name_of(tokenizer.eos_id) * ends)
             begin = end if ends else begin
     return lines
 
@@ -77,18 +78,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints the first rows of a file. Raises the errors of the row reader, the tokenizer and the images."""
     parser = argparse.ArgumentParser(prog="python -m engine.data.preview", description="show rows as a model sees them")
     parser.add_argument("file", type=Path, help="LLaVA-style rows, .json or .jsonl")
-    parser.add_argument("--tokenizer", default="", help="sentencepiece tokenizer.model; without it nothing is counted")
+    parser.add_argument(
+        "--tokenizer", default="", help="tokenizer.model or tokenizer.json; without it nothing is counted"
+    )
     parser.add_argument("--image_folder", default="", help="where the images lie; without it they are not opened")
     parser.add_argument("--max_seq_len", type=int, default=512, help="tokens a sample is cut to")
     parser.add_argument("--limit", type=int, default=8, help="rows to show")
     options = parser.parse_args(argv)
-    layout = Layout(Tokenizer(options.tokenizer), options.max_seq_len) if options.tokenizer else None
+    layout = Layout(open_tokenizer(options.tokenizer), options.max_seq_len) if options.tokenizer else None
     rows = read_rows(options.file)
     for row in rows[: options.limit]:
         image = row.image
         if image is not None and options.image_folder:
             image = resolve(options.image_folder, image, row.where)
-            load_image(image, 224, row.where)
+            load_image(image, ImageProcessor(), row.where)
         if layout is None:
             lines = row_lines(row)
         else:

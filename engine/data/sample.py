@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 IGNORE = -100  # label of a token that is not a target
+NEWLINE = -1  # in image_rows: the learned embedding that ends a row of patches
 
 
 @dataclass(slots=True)
@@ -18,6 +19,14 @@ class Sample:
     image: str | None  # absolute path
     image_slots: list[int]  # positions inside input_ids
     truncated: bool  # tokens were cut off to fit
+    num_tiles: int = 1  # of its image, where it has one
+    image_rows: list[int] | None = None  # of each slot, the row of its embedding among those of its tiles, or NEWLINE;
+    # None: the tiles' embeddings in order
+
+    @property
+    def tiles(self) -> int:
+        """How many tiles the tower sees of it."""
+        return self.num_tiles if self.image is not None else 0
 
     @property
     def supervised(self) -> list[int]:

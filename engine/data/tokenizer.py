@@ -1,95 +1,154 @@
-"""Text to token ids and back, by a sentencepiece model (LLaMA's tokenizer.model)."""
+"""Text to token ids and back: what every tokenizer offers, and how the one of a folder is found.
+
+Two kinds of file are read: sentencepiece's tokenizer.model (LLaMA-1, LLaMA-2, Vicuna; sentence_pieces.py) and
+tokenizer.json of Hugging Face's tokenizers (LLaMA-3, Phi, StableLM; json_tokenizer.py). What they put nowhere, which
+token ends a text or whether one begins it, stands in the small files beside them (special_tokens.py).
+
+A special token's name in a text is two things. Where a person wrote `</s>`, it is four characters: `encode`. Where a
+conversation template did, it is the token: `encode_template`.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.errors import DataError, EnvironmentProblem
+from engine.errors import CheckpointError, DataError
+
+SENTENCE_PIECES = "tokenizer.model"
+JSON = "tokenizer.json"
 
 
-class Tokenizer:
-    """A sentencepiece model read from `path`.
+class Tokenizer(ABC):
+    """A tokenizer read from `path`.
 
-    Raises:
-        DataError: the file is missing, is no sentencepiece model, or has no begin or end token.
-        EnvironmentProblem: sentencepiece is not installed.
+    Attributes:
+        vocab_size: tokens, added ones included: transformers' len(tokenizer).
+        bos_id: the token that it puts before a text; None where it puts none (Phi, StableLM).
+        eos_id: the token that ends an answer.
+        stop_ids: others that end one, as the model's configuration says (LLaMA-3-Instruct has two, Phi-3 three).
+        pad_id: the token named for padding, else the unknown one, else None. Packs hold no padding; it is what other
+            projects' files and labels mean by it.
+        unk_id: what stands for text that the vocabulary cannot say; None where there is none.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        try:
-            from sentencepiece import SentencePieceProcessor
-        except ImportError as error:
-            raise EnvironmentProblem(
-                "sentencepiece is not installed", why=str(error), do="pip install sentencepiece"
-            ) from error
-        self.path = str(path)
-        content = _read(Path(path))
-        try:
-            self._model = SentencePieceProcessor(model_proto=content)
-        except RuntimeError as error:
-            why = f"it has {len(content)} bytes and starts with {content[:24]!r}"
-            raise DataError(
-                "the tokenizer is not a sentencepiece model",
-                where=self.path,
-                why=why + (" (a git-lfs pointer)" if content.startswith(b"version https://git-lfs") else ""),
-                do="give the tokenizer.model that came with the language model's weights",
-            ) from error
-        self.vocab_size: int = self._model.vocab_size()
-        self.bos_id: int = self._model.bos_id()
-        self.eos_id: int = self._model.eos_id()
-        if self.bos_id < 0 or self.eos_id < 0:
-            raise DataError(
-                "the tokenizer has no begin or no end token",
-                where=self.path,
-                why=f"bos is {self.bos_id}, eos is {self.eos_id}; both are part of LaVIN's layout",
-                do="give the tokenizer.model that came with the language model's weights",
-            )
+    path: str
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int
+    stop_ids: tuple[int, ...] = ()
+    pad_id: int | None
+    unk_id: int | None
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
-        """Token ids of `text`. Names of control tokens in it (`<s>`, `</s>`) are plain text.
+        """Token ids of `text`, as people wrote it: names of special tokens in it (`<s>`, `<|eot_id|>`) are plain text.
+        Where there is no begin token, `bos` puts none.
 
         Raises:
             DataError: the text is not valid Unicode (a lone surrogate).
         """
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"the text is not valid Unicode: {error.object[error.start]!r} at character {error.start}",
-                do="repair the row: half of a surrogate pair was cut off",
-            ) from error
-        ids: list[int] = self._model.encode(text)
-        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+        return self._between(self._plain(_valid(text)), bos, eos)
 
+    def encode_template(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
+        """Token ids of a template's text: names of special tokens in it are these tokens. Errors as `encode`."""
+        return self._between(self._with_special(_valid(text)), bos, eos)
+
+    def _between(self, ids: list[int], bos: bool, eos: bool) -> list[int]:
+        first = [self.bos_id] if bos and self.bos_id is not None else []
+        return first + ids + [self.eos_id] * eos
+
+    @abstractmethod
+    def _plain(self, text: str) -> list[int]: ...
+
+    @abstractmethod
+    def _with_special(self, text: str) -> list[int]: ...
+
+    @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids; control tokens vanish.
+        """Text of token ids; special tokens vanish.
 
         Raises:
-            ValueError: an id outside the vocabulary.
+            ValueError: an id that no token can have.
         """
-        for i in ids:
-            if not 0 <= i < self.vocab_size:
-                raise ValueError(f"token id {i} is outside the vocabulary of {self.vocab_size}")
-        text: str = self._model.decode(list(ids))
-        return text
 
+    @abstractmethod
+    def id_of(self, token: str) -> int | None:
+        """The id of a token by its name; None where the vocabulary does not have it."""
+
+    @abstractmethod
+    def name_of(self, token: int) -> str:
+        """The name of a token that there is: `</s>`."""
+
+    @abstractmethod
     def require_vocab(self, model_vocab: int, model: str = "") -> None:
         """Checks that this tokenizer belongs to a model with `model_vocab` embeddings.
 
         Raises:
-            DataError: the sizes differ.
+            DataError: it cannot.
         """
-        if model_vocab != self.vocab_size:
-            raise DataError(
-                f"wrong tokenizer: it has {self.vocab_size} pieces, the language model {model_vocab} embeddings",
-                where=f"{self.path}{f' and {model}' if model else ''}",
-                why="ids would name other words than the model learnt",
-                do="give the model's own file with --model.tokenizer",
-            )
 
 
-def _read(path: Path) -> bytes:
+def open_tokenizer(path: str | Path, *, eos: str = "", pad: str = "") -> Tokenizer:
+    """The tokenizer of a folder or a file. `eos` and `pad` name other tokens for these parts than the files do, and
+    add them to the vocabulary where it does not have them (Imp's `</s>`, LLaMA-3's `<pad>`).
+
+    Of a folder with both files it is tokenizer.json, except where that has the very tokens of the sentencepiece model
+    (LLaMA-1, LLaMA-2, Vicuna): these were trained with sentencepiece's white space, which their tokenizer.json gives
+    only in part. A folder with neither, as Meta's are, may have the file beside it.
+
+    Raises:
+        CheckpointError: there is no tokenizer.
+        DataError: a file is of another kind or damaged.
+        EnvironmentProblem: the library that reads it is not installed.
+    """
+    path = Path(path)
+    pieces, file = _find(path)
+    if file is None or pieces is None:
+        return _open(_existing(pieces or file, path), eos, pad)
+    first, second = _open(pieces, "", ""), _open(file, eos, pad)
+    return _open(pieces, eos, pad) if first.vocab_size == second.vocab_size else second
+
+
+def _find(path: Path) -> tuple[Path | None, Path | None]:
+    """-> (a sentencepiece model, a tokenizer.json) at this path."""
+    if not path.is_dir():
+        return (None, path) if path.suffix == ".json" else (path, None)
+    for folder in (path, path.parent):
+        pieces, file = folder / SENTENCE_PIECES, folder / JSON
+        if pieces.is_file() or file.is_file():
+            return (pieces if pieces.is_file() else None), (file if file.is_file() else None)
+    return None, None
+
+
+def _existing(file: Path | None, asked: Path) -> Path:
+    if file is not None and file.is_file():
+        return file
+    only = " (vocab.json and merges.txt are not enough)" if (asked / "merges.txt").is_file() else ""
+    raise CheckpointError(
+        "no tokenizer found",
+        where=f"{asked} and {asked.parent}" if asked.is_dir() else str(asked),
+        why=f"neither {SENTENCE_PIECES} nor {JSON} is there{only}" if asked.is_dir() else "there is no such file",
+        do="pass the model's tokenizer.model or tokenizer.json, or the folder that holds it, as --model.tokenizer",
+    )
+
+
+def _open(file: Path, eos: str, pad: str) -> Tokenizer:
+    if file.suffix == ".json":
+        from engine.data.json_tokenizer import JsonTokenizer
+
+        return JsonTokenizer(file, eos=eos, pad=pad)
+    from engine.data.sentence_pieces import SentencePieces
+
+    return SentencePieces(file, eos=eos, pad=pad)
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a tokenizer's file.
+
+    Raises:
+        DataError: it cannot be read, or is empty.
+    """
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -97,8 +156,19 @@ def _read(path: Path) -> bytes:
             "the tokenizer cannot be read",
             where=str(path),
             why=error.strerror or str(error),
-            do="name a sentencepiece tokenizer.model with --model.tokenizer",
+            do="name a tokenizer.model or tokenizer.json with --model.tokenizer",
         ) from error
     if not content:
         raise DataError("the tokenizer is an empty file", where=str(path), do="copy it again")
     return content
+
+
+def _valid(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"the text is not valid Unicode: {error.object[error.start]!r} at character {error.start}",
+            do="repair the row: half of a surrogate pair was cut off",
+        ) from error
+    return text

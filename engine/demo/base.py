@@ -32,8 +32,10 @@ from engine.flags import parse_train
 from engine.run import train
 from models.language.llama import LlamaConfig
 from models.vision.clip import ClipConfig
-from models.weights import clip_hf, meta
-from models.weights.names import language_shapes, vision_shapes
+from models.weights import meta
+from models.weights.names import language_shapes
+from models.weights.towers import clip
+from models.weights.towers.layout import tower_shapes
 
 MULTIPLE_OF = 64  # of params.json; the files' own shapes say how wide the MLP is
 
@@ -65,10 +67,7 @@ def write_base(folder: Path, language: LlamaConfig, vision: ClipConfig, tensors:
         "num_channels": 3,
     }  # fmt: skip
     (folder / "tower" / "config.json").write_text(json.dumps(config) + "\n", encoding="utf-8")
-    tower = {
-        clip_hf.PREFIX + clip_hf.NAMES.of(name): tensors[f"vision.{name}"].contiguous()
-        for name in vision_shapes(vision)
-    }
+    tower = {clip.EXPORT.of(name): tensors[f"vision.{name}"].contiguous() for name in tower_shapes(vision)}
     save_file(tower, folder / "tower" / "model.safetensors")
 
 
@@ -77,7 +76,9 @@ def fresh_base(language: LlamaConfig, vision: ClipConfig, seed: int) -> dict[str
     embeddings 0.3 and 0.5, norms one, biases zero."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {f"language.{n}": s for n, s in language_shapes(language).items()}
-    shapes |= {f"vision.{n}": s for n, s in vision_shapes(vision).items()}
+    tower = tower_shapes(vision)
+    first_patches = sorted(tower, key=lambda name: name != "patch_embed.weight")  # as the embedded base was drawn
+    shapes |= {f"vision.{name}": tower[name] for name in first_patches}
     tensors = {}
     for name, shape in shapes.items():
         if name.endswith("norm.weight"):
@@ -131,7 +132,8 @@ def _train(data: Path, start: Path, run: Path) -> Path:
     """Trains everything, by the command that a person would type. Returns the run directory."""
     config, notes = parse_train([
         "--bits", "16bit", "--model.language", str(start), "--model.vision", str(start / "tower"),
-        "--dataset.root", str(data), "--output_dir", str(run), "--train.language", "full", "--train.vision", "full",
+        "--model.projector", "lavin", "--dataset.root", str(data), "--output_dir", str(run),
+        "--train.language", "full", "--train.vision", "full",
         "--optim.epochs", "11", "--optim.lr", "1e-3", "--optim.warmup_epochs", "0.2", "--optim.clip_grad", "1.0",
         "--optim.reduction", "sample", "--log.every", "100",
     ])  # fmt: skip

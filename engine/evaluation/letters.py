@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from engine.data.packing import collate, plan_packs
+from engine.data.packing import collate, form_of, plan_packs
 from engine.data.sample import IGNORE, Sample
 from engine.data.scienceqa import ScienceQA
 from engine.data.tokenizer import Tokenizer
@@ -58,6 +58,7 @@ def predict(
     letters = find_letters(dataset.layout.tokenizer, dataset.options)
     answer = ANSWER.format(dataset.options[0])
     letter_ids = torch.tensor(letters.ids, device=device)
+    form = form_of(model.config)
     guesses: list[int] = []
     window = max(1, 4 * tokens_per_batch // 128)
     for start in range(0, len(wanted), window):
@@ -69,8 +70,8 @@ def predict(
                 for i, s in zip(part, samples, strict=True)
             ]
         found = [0] * len(part)
-        shown = [int(s.image is not None) for s in samples]
-        for members in plan_packs([len(s.input_ids) for s in samples], tokens_per_batch, tiles=shown):
+        lengths, shown = [len(s.input_ids) for s in samples], [s.tiles for s in samples]
+        for members in plan_packs(lengths, tokens_per_batch, tiles=shown, modality=form.modality):
             logits = _letter_logits(model, [samples[m] for m in members], load, letter_ids, device)
             for row, member in enumerate(members):
                 num_choices = len(dataset.problems[part[member]]["choices"])
@@ -92,7 +93,8 @@ def _letter_logits(
 ) -> Tensor:  # fmt: skip
     """[number of samples, number of letters], fp32 on the host."""
     tiles = [None if s.image is None else load(s.image) for s in samples]
-    pack = collate(samples, [torch.zeros(len(s.input_ids)) for s in samples], tiles).to(device)
+    pack = collate(samples, [torch.zeros(len(s.input_ids)) for s in samples], tiles, form=form_of(model.config))
+    pack = pack.to(device)
     rows = pack.supervised[: len(samples)]
     hidden = model.hidden(pack).index_select(0, rows)
     return model.logits(hidden).index_select(1, letter_ids).cpu()

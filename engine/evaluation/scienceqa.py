@@ -20,6 +20,7 @@ from engine.evaluation.letters import predict
 from engine.evaluation.score import LAVIN_NAMES, format_table, parse_answer, parse_answer_legacy, score_table
 from engine.files import write_atomic
 from engine.generation import Sampling, generate, plan_batches
+from engine.sources import is_lora_folder
 from engine.ticker import Ticker
 from engine.trained import Trained, open_trained, run_config
 from models.weights.lavin import read_lavin_args
@@ -37,7 +38,7 @@ def evaluate(config: EvalConfig, notes: Sequence[str]) -> int:
         )  # fmt: skip
     trained = _open(config)
     print(f"weights: {trained.weights}", file=sys.stderr)
-    dataset = open_scienceqa(trained.config, trained.tokenizer, config.split)
+    dataset = open_scienceqa(trained.config, trained.tokenizer, config.split, trained.model.config)
     count = min(config.num or len(dataset), len(dataset))
     print(f"evaluating {count:,} problems of {config.split}", file=sys.stderr)
     ask = _generate if config.generate else _compare
@@ -73,6 +74,8 @@ def _open(config: EvalConfig) -> Trained:
             runtime=config.runtime, legacy=config.legacy,
         )  # fmt: skip
         weights = Path(config.adapter.init)
+        if is_lora_folder(weights):
+            base.train.language, base.train.vision = "lora", "frozen"
         if weights.is_file():
             _warn_about(base, weights)
     if config.legacy.eval_8bit_as_4bit and base.bits == "8bit":
@@ -116,7 +119,8 @@ def _generate(trained: Trained, dataset: ScienceQA, config: EvalConfig, count: i
         tiles = [None if p.image is None else trained.reader.tile(p.image) for p in batch]
         written = generate(
             trained.model, batch, tiles,
-            sampling=sampling, generator=generator, eos_id=trained.tokenizer.eos_id, device=trained.device,
+            sampling=sampling, generator=generator, eos_id=trained.tokenizer.eos_id,
+            stop_ids=trained.tokenizer.stop_ids, device=trained.device,
         )  # fmt: skip
         for i, ids in zip(members, written, strict=True):
             texts[i] = trained.tokenizer.decode(ids)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from engine.data.images import TileReader
-from engine.data.packing import collate, plan_packs
+from engine.data.packing import collate, form_of, plan_packs
 from engine.data.sample import IGNORE, Dataset
 from engine.distributed import Ranks
 from models.vlm import VisionLanguageModel
@@ -22,21 +22,21 @@ def validation_loss(
 
     Each rank takes every `world`-th window of samples.
     """
-    was_training = model.training
+    was_training, form = model.training, form_of(model.config)
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64)  # of losses, of tokens
     for start in range(ranks.rank * WINDOW, len(dataset), ranks.world * WINDOW):
         indices = range(start, min(start + WINDOW, len(dataset)))
         samples = [dataset.sample(i) for i in indices]
-        shown = [int(s.image is not None) for s in samples]
-        for members in plan_packs([len(s.input_ids) for s in samples], tokens_per_batch, tiles=shown):
+        lengths, shown = [len(s.input_ids) for s in samples], [s.tiles for s in samples]
+        for members in plan_packs(lengths, tokens_per_batch, tiles=shown, modality=form.modality):
             chosen = [samples[m] for m in members]
             tiles = [
                 None if s.image is None else reader.tile(s.image, dataset.where(indices[m]))
                 for m, s in zip(members, chosen, strict=True)
             ]
             ones = [(torch.tensor(s.labels) != IGNORE).float() for s in chosen]
-            sums[0] += model(collate(chosen, ones, tiles).to(device)).item()
+            sums[0] += model(collate(chosen, ones, tiles, form=form).to(device)).item()
             sums[1] += sum(float(weight.sum()) for weight in ones)
     model.train(was_training)
     loss, tokens = ranks.sum(sums.to(device, torch.float32)).tolist()

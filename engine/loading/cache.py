@@ -4,9 +4,10 @@
                               manifest.json         what they were made from, a crc32 of each tensor and of the header
 
 KEY is a hash of everything that the stored bits depend on: the source files (name, size, time, hash of their ends),
-the bits of layers, head and tower, the compute dtype, how a delta was added, and FORMAT. Only which of torch's
-summation orders the quantizer met (see kernels/nf4.py) is not in it: the cache keeps the bits of who wrote it. What is
-changed in the middle of a file, with its time put back, is not noticed either (rsync would not): delete KEY then.
+the shapes of both models, the bits of layers, head and tower, the compute dtype, how a delta was added, and FORMAT.
+Only which of torch's summation orders the quantizer met (see kernels/nf4.py) is not in it: the cache keeps the bits of
+who wrote it. What is changed in the middle of a file, with its time put back, is not noticed either (rsync would not):
+delete KEY then.
 
 A folder is whole or absent: written beside its place while the model loads, one tensor at a time, fsynced, renamed. One
 process writes at a time, under a lock; the others go on without. Every tensor's crc32 is compared when it is read.
@@ -33,10 +34,11 @@ from models.quantized import Packed, from_parts
 from models.weights.archive import DTYPES as WEIGHT_DTYPES
 from models.weights.archive import Archive, open_archive
 from models.weights.identity import identity
+from models.weights.source import LanguageSource, VisionSource
 
 logger = logging.getLogger("nibble")
 
-FORMAT = 1  # of this file and of what the quantizers make: another number makes every older cache a stranger
+FORMAT = 2  # of this file and of what the quantizers make: another number makes every older cache a stranger
 WEIGHTS, MANIFEST = "weights.safetensors", "manifest.json"
 
 
@@ -92,23 +94,28 @@ class WeightCache:
             discard(self.folder)
 
 
-def cache_of(config: Config, base: list[Path], layers: int, dtype: torch.dtype) -> WeightCache | None:
-    """The cache for this configuration on these source files, the first `layers` of which are the language model's.
-    None where none is kept: not wanted, 16-bit layers (they are read as fast from their own files), the demo."""
+def cache_of(config: Config, language: LanguageSource, vision: VisionSource, dtype: torch.dtype) -> WeightCache | None:
+    """The cache for this configuration on these sources. None where none is kept: not wanted, 16-bit layers (they are
+    read as fast from their own files), the demo."""
     if not config.model.cache_weights or not config.model.language or config.bits == "16bit":
         return None
-    made_from = [
-        [Path(str(file["path"])).name, file["size"], path.stat().st_mtime_ns, file["sha256"]]
-        for path, file in zip(base, identity(base)["files"], strict=True)
-    ]
     key: dict[str, Any] = {
-        "format": FORMAT, "language": made_from[:layers], "vision": made_from[layers:], "bits": config.bits,
+        "format": FORMAT, "language": _made_from(language), "vision": _made_from(vision), "bits": config.bits,
         "bits_head": config.bits_head, "bits_vision": config.bits_vision, "dtype": str(dtype),
         "delta": bool(config.model.delta),
         "legacy_permutation": bool(config.model.delta) and config.legacy.vicuna_permutation,
     }  # fmt: skip
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     return WeightCache(quantized_weights() / digest[:16], key)
+
+
+def _made_from(source: LanguageSource | VisionSource) -> list[Any]:
+    """Shape (which blocks are read, in which order are q and k?) and files of one model."""
+    files = list(source.files)
+    return [repr(source.config)] + [
+        [path.name, file["size"], path.stat().st_mtime_ns, file["sha256"]]
+        for path, file in zip(files, identity(files)["files"], strict=True)
+    ]
 
 
 @dataclass(frozen=True, slots=True)

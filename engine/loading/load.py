@@ -16,9 +16,9 @@ from engine.loading.cache_writer import start_writing
 from engine.loading.progress import LoadProgress
 from models.placement import Bits, fill
 from models.vlm import VisionLanguageModel
-from models.weights.clip import VisionSource
 from models.weights.errors import WeightsError
 from models.weights.language import LanguageSource
+from models.weights.towers import VisionSource
 
 logger = logging.getLogger("nibble")
 

@@ -83,7 +83,7 @@ def costs(
     scratch: bytes of the buffer for unpacked weights; it takes the largest group's at least.
     """
     model = cut_down(config, bits, dtype)
-    pack = pack_of(shape, config.vision.image_size)
+    pack = pack_of(shape, config)
     ring = max(scratch, largest_group(model, dtype))
     runs: dict[Policy, _Run] = {}
     with unpacked.apart(ring, dtype, META), counting(capability) as counter:
@@ -102,7 +102,7 @@ def costs(
         return Layers(count, {policy: found[policy].choice() for policy in POLICIES}, found["save_all"].start)
 
     return Costs(
-        vision=layers(config.vision.num_layers, vision),
+        vision=layers(config.vision.layers_run, vision),
         language=layers(config.language.num_layers, language),
         after=min(run.after() for run in runs.values()),
         inputs=pack_bytes(pack), buffers=buffers, tables=buffers - ring,
@@ -185,8 +185,9 @@ class _Run:
 
     def _mark(self, what: Pass, stage: str = "", index: int = 0) -> None:
         self._close()
-        patches = self.model.config.vision.num_tokens
-        self.counter.pairs = self.shape.tiles * patches**2 if stage == "vision" else self.shape.pairs
+        tower = self.model.config.vision
+        in_tower = self.shape.tiles * tower.crops * tower.num_tokens**2
+        self.counter.pairs = in_tower if stage == "vision" else self.shape.pairs
         self.counter.reset_peak()
         self.segments.append(_Segment(what, stage, index, self.counter.live - self.start, self.counter.mark()))
 
@@ -226,19 +227,27 @@ class _Run:
         ends = max(s.peak for s in self.segments if s.what in ("between", "behind"))
         if not self.shape.tiles:
             return _Memory(0, ends, ends, 0, 0, 0)
-        first, *_, fifth, _ = self.model.vision.config.taps
-        saved = (self._before("vision", fifth) - self._before("vision", first)) // (fifth - first)
+        tower, last = self.model.vision.config, self.num_vision - 1
+        if tower.select_feature == "class_tokens":  # between taps: what they take is kept besides
+            first, *_, fifth, _ = tower.taps
+            saved = (self._before("vision", fifth) - self._before("vision", first)) // (fifth - first)
+        else:
+            saved = self._before("vision", last) - self._before("vision", last - 1)
         if not any(s.what == "backward" and s.stage == "vision" for s in self.segments):
-            saved = 0  # frozen: what grows is the six streams that image tokens are cut out of, however many blocks
-        return self._layers("vision", self.num_vision - 1, saved, 0, ends - self.num_vision * saved)
+            saved = 0  # frozen: what grows is the streams that image tokens are cut out of, however many blocks
+        return self._layers("vision", last, saved, 0, ends - self.num_vision * saved)
 
     def language(self) -> _Memory:
         """Of a layer of the language model."""
-        saved, last = self._before("language", 2) - self._before("language", 1), self.num_language - 1
-        return self._layers("language", last, saved, self.num_vision * self.vision().saved, self.after())
+        kept_by_tower = self.num_vision * self.vision().saved
+        return self._layers("language", self.num_language - 1, self._saved(), kept_by_tower, self.after())
+
+    def _saved(self) -> int:
+        """What a layer of the language model keeps."""
+        last = self.num_language - 1
+        return self._before("language", last) - self._before("language", last - 1)
 
     def after(self) -> int:
         """The most that is alive in the head and the loss, above what all layers keep."""
-        kept = self.num_vision * self.vision().saved
-        kept += self.num_language * (self._before("language", 2) - self._before("language", 1))
+        kept = self.num_vision * self.vision().saved + self.num_language * self._saved()
         return max(s.peak for s in self.segments if s.what == "after") - kept

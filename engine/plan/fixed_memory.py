@@ -10,6 +10,7 @@ from torch import nn
 from engine.config import BITS, Config
 from engine.optim import ALIGN
 from engine.plan.meta_model import Bits
+from models.adapters.names import is_adapter
 from models.quantized import part_specs
 from models.vlm import VisionLanguageModel
 
@@ -33,7 +34,8 @@ def parameters_by_part(model: VisionLanguageModel) -> dict[str, int]:
     """Numbers of parameters; the model may be on the meta device."""
     parts = dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
-        parts["adapters" if "_adapter." in name else name.split(".", 1)[0]] += parameter.numel()
+        part = "adapters" if is_adapter(name) else name.split(".", 1)[0]
+        parts[part] = parts.get(part, 0) + parameter.numel()
     return parts
 
 
@@ -54,7 +56,7 @@ def _storage(bits: Bits, name: str, parameter: nn.Parameter) -> tuple[str, int]:
     if name.startswith("language.embed"):
         return "embedding", 16
     if name.startswith("language.head"):
-        return "head", bits.head
+        return "head", bits.head if parameter.ndim == 2 else 16
     in_layer = ".layers." in name and parameter.ndim == 2
     if name.startswith("vision"):
         return "vision tower", bits.vision if in_layer else 16

@@ -14,24 +14,21 @@ from pathlib import Path
 
 import torch
 
-from engine.build import base_paths, bits_of, vlm_config
-from engine.config import Config
-from engine.errors import UsageError
+from engine.build import bits_of
+from engine.config import Config, longest_sample
+from engine.data.room import check_room
+from engine.pictures import anyres_of
 from engine.plan.cards import CARDS, Card
 from engine.plan.memory_budget import largest_pack
 from engine.plan.remedies import remedies
+from engine.plan.shapes import shapes
 from engine.plan.text import plan_text as plan_text
 from engine.plan.verdict import Memory, Planner, Verdict
-from engine.plan.workload import samples_of
+from engine.plan.workload import mean_length, samples_of
 from engine.tensor_file import file_size
-from models.language.llama import LLAMA_7B, LLAMA_13B
 from models.placement import specs
-from models.vision.clip import ClipConfig
 from models.vlm import VLMConfig
-from models.weights.clip import open_vision
-from models.weights.language import open_language
 
-PUBLISHED = {"7B": LLAMA_7B, "13B": LLAMA_13B, "vicuna_7B": LLAMA_7B, "vicuna_13B": LLAMA_13B}
 BYTES_A_TRAINED = 12  # in a checkpoint: the weight and both moments
 
 
@@ -47,6 +44,7 @@ class Plan:
     memory_bytes: Memory  # by part, with the sum as "total"
     samples_per_step: int
     tokens_per_pack: int
+    tokens_per_sample: int  # on average, as speeds are predicted for
     peak_lr: float
     checkpoint_bytes: int
     disk_bytes: dict[str, int]
@@ -72,6 +70,7 @@ def make_plan(
     dtype = torch.float32 if dense_bytes == 4 else torch.bfloat16
     planner = Planner(model_config, num_ranks=num_ranks, dtype=dtype, on_cuda=on_cuda)
     samples = samples_of(config) if samples is None else samples
+    pack = largest_pack(config, model_config)
     whole_run = None if samples is None else samples * config.optim.epochs
     verdicts = [planner.verdict(config, each, whole_run, remedies) for each in CARDS] if on_cuda else []
     here = None if card is None else planner.verdict(config, card, whole_run, remedies)
@@ -79,7 +78,8 @@ def make_plan(
     return Plan(
         model=name, bits=config.bits, parameters=planner.parameters, trainable_parameters=planner.trainable,
         policy=policy, memory_bytes=memory,
-        samples_per_step=config.optim.samples_per_step(num_ranks), tokens_per_pack=largest_pack(config).tokens,
+        samples_per_step=config.optim.samples_per_step(num_ranks), tokens_per_pack=pack.tokens,
+        tokens_per_sample=mean_length(pack.image_tokens),
         peak_lr=config.optim.peak_lr(num_ranks), checkpoint_bytes=BYTES_A_TRAINED * planner.trainable,
         disk_bytes=_disk(config, planner, weight_bytes), here=here, cards=verdicts,
         fits={verdict.card: verdict.fits for verdict in verdicts},
@@ -122,33 +122,22 @@ def bytes_of(files: Iterable[Path]) -> int:
 
 
 def plan_without_weights(config: Config, num_ranks: int) -> Plan:
-    """The plan of a command whose weight folders may not be here: a folder that is absent has the published shape that
-    goes by its name (7B, 13B), and an absent tower is ViT-L/14.
+    """The plan of a command whose weight folders may not be here (shapes.py, with its errors).
 
     Raises:
-        UsageError: the folder is absent and its name is no published size.
+        UsageError: an image's tokens alone fill a sample: the run would not begin.
     """
-    folder, path = base_paths(config)
-    weight_bytes = None
-    if folder.is_dir():
-        source = open_language(folder)
-        language, name = source.config, str(folder)
-        weight_bytes = bytes_of(source.files)
-    elif folder.name in PUBLISHED:
-        language, name = PUBLISHED[folder.name], f"{folder.name} (published shape; no weights at {folder})"
-    else:
-        raise UsageError(
-            f"no weights at {folder}, and {folder.name!r} is no published size", where="--model.language",
-            do=f"name a folder with weights, or one called {', '.join(PUBLISHED)}",
-        )  # fmt: skip
-    vision = ClipConfig()
-    if path is not None and path.exists():
-        tower = open_vision(path)
-        vision, weight_bytes = tower.config, None if weight_bytes is None else weight_bytes + bytes_of(tower.files)
+    found = shapes(config)
+    config = found.config
+    anyres = anyres_of(config, found.model)
+    image_tokens = found.model.tokens_per_tile if anyres is None else anyres.most_tokens()
+    check_room(
+        longest_sample(config), image_tokens, image_tokens=image_tokens, modality=found.model.has_modality_token
+    )  # fmt: skip
     full = "full" in (config.train.language, config.train.vision)
     on_cuda = config.runtime.device != "cpu"
     in_32_bits = config.runtime.precision == "fp32" or (config.runtime.precision == "auto" and (full or not on_cuda))
     return make_plan(
-        config, vlm_config(config, language, vision), name,
-        num_ranks=num_ranks, dense_bytes=4 if in_32_bits else 2, on_cuda=on_cuda, weight_bytes=weight_bytes,
+        config, found.model, found.name, num_ranks=num_ranks, dense_bytes=4 if in_32_bits else 2, on_cuda=on_cuda,
+        weight_bytes=found.weight_bytes,
     )  # fmt: skip

@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 
 from engine.config import Config, longest_sample
+from engine.data.packing import form_of
 from engine.data.padding import padded_segments, padded_tiles
-from engine.data.planning import MODALITY_ROWS, MULTIPLE, most_tiles, round_up
+from engine.data.planning import MODALITY_ROWS, MULTIPLE, most_tiles, own_rows, round_up
 from engine.memory_size import gib, parse_size
+from engine.pictures import anyres_of, in_order
 from engine.plan.accounting import Costs, costs
 from engine.plan.activation_policy import Layers, solve
 from engine.plan.cards import CARDS, Card, card_named
@@ -35,7 +37,7 @@ from engine.plan.unpacked_memory import asked_for, least_scratch
 from engine.plan.workload import pairs_per_token
 from kernels.counting import Op
 from models.recompute import POLICIES, ActivationPolicy, Policy
-from models.vlm import VisionLanguageModel
+from models.vlm import VisionLanguageModel, VLMConfig
 
 RESERVE = 0.05  # of what is free: what the allocator loses between blocks, workspaces of libraries
 CONTEXT_BYTES = 512 * 2**20  # CUDA context and the code of kernels, outside of the allocator
@@ -78,7 +80,7 @@ def choose(
     solution = solve(_stages(found, rates(card, dtype)), found.after, budget)
     vision, language = solution.policies
     why = (
-        f"a pack of {largest_pack(config).tokens:,} tokens is predicted to take {gib(solution.peak)}, "
+        f"a pack of {largest_pack(config, model.config).tokens:,} tokens is predicted to take {gib(solution.peak)}, "
         f"{gib(max(0, budget))} are free"
         + (f"; {1000 * solution.seconds:.0f} ms of recomputation" if solution.seconds else "")
     )
@@ -89,24 +91,35 @@ def choose(
 def counted(config: Config, model: VisionLanguageModel, dtype: torch.dtype, *, on_cuda: bool) -> Costs:
     """What the largest pack of a run takes. `model` as in `choose`."""
     scratch = least_scratch(config, model.language, dtype.itemsize, on_cuda=on_cuda)
-    return costs(model.config, bits_of(config), largest_pack(config), dtype, COUNTED_ON, scratch=scratch)
+    shape = largest_pack(config, model.config)
+    return costs(model.config, bits_of(config), shape, dtype, COUNTED_ON, scratch=scratch)
 
 
-def largest_pack(config: Config) -> PackShape:
+def largest_pack(config: Config, model: VLMConfig) -> PackShape:
     """The largest pack that a run can meet (engine/data/planning.py), padded as for CUDA graphs (padding.py), with
     every row supervised: as many tokens as asked for, or those of the longest sample, and never more than a step has.
-    Segments: of all samples of a step, which may be so short that one pack has them all."""
-    longest, samples = longest_sample(config), config.optim.samples_per_step(1)
-    asked, most = config.runtime.tokens_per_batch, longest - 1  # the modality token, one of a sample's, is in its row
-    tokens = max(asked // MULTIPLE * MULTIPLE, round_up(MODALITY_ROWS + most))
-    tokens = min(tokens, round_up(MODALITY_ROWS + samples * most))
+    Segments: of all samples of a step, which may be so short that one pack has them all. Tiles: no more than their
+    tokens have room for; with anyres those of the images that have most."""
+    longest, samples, form = longest_sample(config), config.optim.samples_per_step(1), form_of(model)
+    asked, most = config.runtime.tokens_per_batch, longest - form.modality  # a modality token is in a row of its own
+    own, modality_rows = own_rows(modality=form.modality), MODALITY_ROWS * form.modality
+    tokens = max(asked // MULTIPLE * MULTIPLE, round_up(own + most))
+    tokens = min(tokens, round_up(own + samples * most))
+    anyres = anyres_of(config, model)
+    each = 1 if anyres is None else anyres.most_tiles()
+    tiles = min(max(most_tiles(asked), each), samples * each)
+    if anyres is None:
+        tiles = min(tiles, max(1, (tokens - own) // form.tile_tokens))
     return PackShape(
         tokens=tokens,
         supervised=tokens,
-        segments=padded_segments(MODALITY_ROWS + min(samples, tokens) + 1),  # the last: what fills the pack up
-        tiles=padded_tiles(min(most_tiles(asked), samples), tokens),
-        pairs=tokens * pairs_per_token(longest),
+        segments=padded_segments(modality_rows + min(samples, tokens) + 1),  # the last: what fills the pack up
+        tiles=padded_tiles(tiles, tokens, form.tile_tokens),
+        pairs=tokens * pairs_per_token(longest, form.tile_tokens if anyres is None else anyres.most_tokens()),
         longest=longest,
+        slots=None if in_order(config, model) else tokens,
+        image_tokens=form.tile_tokens if anyres is None else anyres.most_tokens(),
+        image_tiles=each,
     )
 
 

@@ -6,21 +6,26 @@ what trains in fp32, gradients as the optimiser keeps them.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from models.language.llama import LlamaConfig
+from engine.data.packing import LAVIN
+from engine.data.planning import MODALITY_ROWS
+from models.adapters.names import is_adapter
 from models.linear import Linear
-from models.pack import Pack, Segments
+from models.pack import Pack, Segments, named_tensors
 from models.quantized import from_parts, part_specs
-from models.vision.clip import NUM_TAPS, ClipConfig
-from models.vlm import VisionLanguageModel, VLMConfig
+from models.vision.block import Block
+from models.vision.tower import TowerConfig
+from models.vlm import Part, VisionLanguageModel, VLMConfig
 
 META = torch.device("meta")
-LANGUAGE_LAYERS = 3  # the first, one among its like, the last
-TOWER_BLOCKS = 7  # taps behind 1, 2, 3, 4, 5, 7: the last block has another one before it, as in a deep tower
+LAYERS = 3  # the first, one among its like, the last
+LORA_LAYERS = 4  # below the first update nothing learns, so the second layer keeps other things than those behind it
+TAPPED_BLOCKS = 7  # taps behind 1, 2, 3, 4, 5, 7: the last block has another one before it, as in a deep tower
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +47,15 @@ class PackShape:
     tiles: int  # N; 0: no images
     pairs: int  # scores of causal attention: sum over segments of length^2 / 2
     longest: int = 512  # a bound on the segments, for the table of positions
+    slots: int | None = None  # I, where embeddings are gathered; None: those of all tiles, in order
+    image_tokens: int = LAVIN.tile_tokens  # of an image, all its tiles together
+    image_tiles: int = 1
 
 
 def cut_down(config: VLMConfig, bits: Bits, dtype: torch.dtype) -> VisionLanguageModel:
     """The model of `config` with few layers. `dtype`: of activations and 16-bit weights."""
-    language: LlamaConfig = replace(config.language, num_layers=LANGUAGE_LAYERS)
-    vision: ClipConfig = replace(config.vision, num_layers=min(config.vision.num_layers, TOWER_BLOCKS))
+    language = replace(config.language, num_layers=_few(config.train_language))
+    vision = _few_blocks(config.vision, _few(config.train_vision))
     with META:
         model = VisionLanguageModel(replace(config, language=language, vision=vision))
     store(model, bits, dtype)
@@ -57,11 +65,21 @@ def cut_down(config: VLMConfig, bits: Bits, dtype: torch.dtype) -> VisionLanguag
     return model
 
 
+def _few(part: Part) -> int:
+    return LORA_LAYERS if part == "lora" else LAYERS
+
+
+def _few_blocks(config: TowerConfig, number: int) -> TowerConfig:
+    if config.select_feature == "class_tokens":
+        return replace(config, num_layers=min(config.num_layers, TAPPED_BLOCKS))
+    return replace(config, num_layers=number, select_layer=number)
+
+
 def store(model: VisionLanguageModel, bits: Bits, dtype: torch.dtype) -> None:
     """Gives the tensors of a model on the meta device the storage that models/placement.py would give them."""
     for part, name in ((model.language, "language"), (model.vision, "vision")):
         for path, module in list(part.named_modules()):  # before packed weights become modules too
-            if "_adapter" in path:
+            if is_adapter(f"{path}."):
                 continue
             if isinstance(module, Linear):
                 in_layer = bits.layers if name == "language" else bits.vision
@@ -84,19 +102,22 @@ def _empty(dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=META)
 
 
-def pack_of(shape: PackShape, image_size: int) -> Pack:
-    """A pack of this shape."""
+def pack_of(shape: PackShape, config: VLMConfig) -> Pack:
+    """A pack of this shape, for the model of `config`."""
     long, short = torch.int64, torch.int32
+    size, slots = config.vision.picture_size, shape.tiles * config.tokens_per_tile
+    gathered = shape.slots is not None and shape.tiles > 0
     return Pack(
         input_ids=_empty(long, shape.tokens),
         segments=Segments(
             cu_seqlens=_empty(short, shape.segments + 1), max_seqlen=shape.longest,
             position_ids=_empty(short, shape.tokens), router_row=_empty(short, shape.tokens),
         ),
-        modality_rows=_empty(long, 2),
-        tiles=_empty(torch.float32, shape.tiles, 3, image_size, image_size) if shape.tiles else None,
+        modality_rows=_empty(long, MODALITY_ROWS if config.has_modality_token else 0),
+        tiles=_empty(torch.float32, shape.tiles, 3, size, size) if shape.tiles else None,
         tile_router=_empty(long, shape.tiles),
-        image_slots=_empty(long, shape.tiles * NUM_TAPS),
+        image_slots=_empty(long, (shape.slots or 0) if gathered else slots),
+        image_rows=_empty(long, shape.slots or 0) if gathered else None,
         supervised=_empty(long, shape.supervised),
         labels=_empty(long, shape.supervised),
         weights=_empty(torch.float32, shape.supervised),
@@ -106,18 +127,27 @@ def pack_of(shape: PackShape, image_size: int) -> Pack:
 
 def pack_bytes(pack: Pack) -> int:
     """Of all tensors of a pack."""
-    segments = pack.segments
-    tensors = (
-        pack.input_ids, segments.cu_seqlens, segments.position_ids, segments.router_row, pack.modality_rows, pack.tiles,
-        pack.tile_router, pack.image_slots, pack.supervised, pack.labels, pack.weights,
-    )  # fmt: skip
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    return sum(tensor.nbytes for tensor in named_tensors(pack).values())
 
 
 def largest_group(model: VisionLanguageModel, dtype: torch.dtype) -> int:
     """Bytes of the largest group of quantised weights that are unpacked together; 0 where nothing is quantised."""
-    vision = [(b.attention.q, b.attention.k, b.attention.v) for b in model.vision.blocks()]
-    mlps = [(linear,) for b in model.vision.blocks() for linear in (b.mlp.up, b.mlp.down)]
-    groups = [*vision, *mlps, (model.language.head,), *(g for b in model.language.blocks() for g in b.groups())]
-    packed = [group for group in groups if group[0].quantized is not None]
-    return max((dtype.itemsize * sum(n.in_features * n.out_features for n in group) for group in packed), default=0)
+    blocks = [group for block in model.vision.blocks() for group in _groups(block)]
+    groups = [*blocks, (model.language.head,), *(g for b in model.language.blocks() for g in b.groups())]
+    return _largest((group for group in groups if group[0].quantized is not None), dtype)
+
+
+def largest_tower_group(model: VisionLanguageModel, dtype: torch.dtype) -> int:
+    """Bytes of the largest group of the tower's, were they quantised."""
+    return _largest((group for block in model.vision.blocks()[:1] for group in _groups(block)), dtype)
+
+
+def _largest(groups: Iterable[tuple[Linear, ...]], dtype: torch.dtype) -> int:
+    return max((dtype.itemsize * sum(n.in_features * n.out_features for n in group) for group in groups), default=0)
+
+
+def _groups(block: Block) -> list[tuple[Linear, ...]]:
+    """The linears of a tower's block, those that are applied to one x together."""
+    attention, mlp = block.attention, block.mlp
+    first = tuple(part for part in mlp.children() if isinstance(part, Linear) and part is not mlp.down)
+    return [(attention.q, attention.k, attention.v), (attention.o,), first, (mlp.down,)]

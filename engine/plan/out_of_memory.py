@@ -15,7 +15,7 @@ from itertools import islice
 
 import torch
 
-from engine.build import open_sources, vlm_config
+from engine.architecture import vlm_config
 from engine.checkpoint import find_latest
 from engine.config import Config
 from engine.distributed import Ranks
@@ -27,6 +27,7 @@ from engine.plan.remedies import Doing, savers
 from engine.plan.verdict import Planner
 from engine.precision import choose_dtype
 from engine.rundir import RunDir
+from engine.sources import open_sources
 from models.recompute import ActivationPolicy
 
 logger = logging.getLogger("nibble")
@@ -148,7 +149,7 @@ def _planned(attempt: Attempt) -> tuple[list[str], list[tuple[str, ...]]]:
     """The table of memory, and what takes less of it."""
     config, device, choice = attempt.config, attempt.device, attempt.choice
     sources = open_sources(config)
-    shapes = vlm_config(config, sources.language.config, sources.vision.config)
+    shapes = vlm_config(config, sources.language.config, sources.vision.config, sources.neck)
     full = "full" in (config.train.language, config.train.vision)
     dtype, _ = choose_dtype(config.runtime.precision, device, full_training=full)
     planner = Planner(shapes, num_ranks=attempt.ranks.world, dtype=dtype, on_cuda=device.type == "cuda")

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Literal
 
-from engine.config import BITS, Config
+from engine.config import BITS, Config, longest_sample
 from engine.memory_size import parse_size
 from engine.plan.cards import Card
 from engine.plan.memory_budget import MemoryChoice
@@ -109,7 +109,7 @@ def _steps(config: Config) -> Iterator[Step]:
     if config.runtime.unpacked_memory != "auto" and parse_size(config.runtime.unpacked_memory):
         yield ("--runtime.unpacked_memory", "auto"), _setting("runtime", "unpacked_memory", "auto")
     tokens = config.runtime.tokens_per_batch // 2
-    least = max(FEWEST_TOKENS, config.dataset.max_seq_len)
+    least = max(FEWEST_TOKENS, longest_sample(config))
     while tokens >= least:
         yield ("--runtime.tokens_per_batch", str(tokens)), _setting("runtime", "tokens_per_batch", tokens)
         tokens //= 2

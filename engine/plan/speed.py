@@ -13,7 +13,7 @@ from engine.plan.accounting import Costs, Work
 from engine.plan.cards import Card
 from engine.plan.meta_model import PackShape
 from engine.plan.roofline import seconds
-from engine.plan.workload import IMAGE_SHARE, MEAN_LENGTH, SUPERVISED, samples_per_pack
+from engine.plan.workload import IMAGE_SHARE, SUPERVISED, mean_length, samples_per_pack
 from models.recompute import ActivationPolicy, Policy
 
 
@@ -32,13 +32,13 @@ def predicted(
     """Of packs of so many tokens, with images and supervised rows as ScienceQA has them, whatever `shape` was counted
     with. `copied_layers`: how many of the language model's last layers are never unpacked. `samples` of a pack; None:
     as many as fill it."""
-    samples = samples_per_pack(shape.tokens) if samples is None else samples
+    samples = samples_per_pack(shape.tokens, shape.image_tokens) if samples is None else samples
     time = pass_seconds(
         costs, policy, card, copied_layers=copied_layers, graphs=graphs,
         supervised=SUPERVISED * samples / shape.supervised,
-        images=IMAGE_SHARE * samples / shape.tiles if shape.tiles else 0.0,
+        images=IMAGE_SHARE * samples * shape.image_tiles / shape.tiles if shape.tiles else 0.0,
     )  # fmt: skip
-    return Speed(samples / time, samples * MEAN_LENGTH / time)
+    return Speed(samples / time, samples * mean_length(shape.image_tokens) / time)
 
 
 def pass_seconds(

@@ -69,7 +69,7 @@ def _cards(plan: Plan) -> Iterator[str]:
         return
     unknown = "; hours: once the data are read" if all(card.hours is None for card in plan.cards) else ""
     yield ""
-    yield f"predicted, for samples of 287 tokens, half of them with an image{unknown}"
+    yield f"predicted, for samples of {plan.tokens_per_sample:,} tokens, half of them with an image{unknown}"
     yield _row("card", "memory", "tokens/s", "samples/s", "hours", "verdict")
     for card in plan.cards:
         hours = "" if card.hours is None else f"{card.hours:,.1f}"

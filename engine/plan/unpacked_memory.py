@@ -28,7 +28,7 @@ from engine.config import BITS, Config
 from engine.memory_size import gib, parse_size
 from kernels import unpacked
 from kernels.linear_nf4 import set_few_rows
-from models.language.llama import Llama
+from models.language.decoder import Decoder
 from models.linear import Linear, pack_of
 
 logger = logging.getLogger("nibble")
@@ -67,7 +67,7 @@ def divide(
     return Share(scratch, budget - scratch - left, copied, why)
 
 
-def share_of(config: Config, model: Llama, itemsize: int, *, on_cuda: bool, spare: int = 0) -> Share | None:
+def share_of(config: Config, model: Decoder, itemsize: int, *, on_cuda: bool, spare: int = 0) -> Share | None:
     """What this configuration does with activations of `itemsize` bytes; None where no layer is quantised. The model
     may be on the meta device and without weights. `spare`: bytes that "auto" takes beyond what is always there."""
     if BITS[config.bits] == 16:
@@ -81,7 +81,7 @@ def share_of(config: Config, model: Llama, itemsize: int, *, on_cuda: bool, spar
     return divide(budget, layers, checkpointing=recomputing, prefetch=prefetch, head=head)
 
 
-def asked_for(config: Config, model: Llama, itemsize: int, *, on_cuda: bool) -> int:
+def asked_for(config: Config, model: Decoder, itemsize: int, *, on_cuda: bool) -> int:
     """Most bytes beyond `least_scratch` that become of an explicit --runtime.unpacked_memory, whatever layers keep; 0
     for "auto", which takes what is left."""
     asked = config.runtime.unpacked_memory
@@ -96,7 +96,7 @@ def asked_for(config: Config, model: Llama, itemsize: int, *, on_cuda: bool) -> 
     return max(0, max(share.scratch + share.copies for share in shares) - least)
 
 
-def least_scratch(config: Config, model: Llama, itemsize: int, *, on_cuda: bool) -> int:
+def least_scratch(config: Config, model: Decoder, itemsize: int, *, on_cuda: bool) -> int:
     """Bytes of the buffer that is there whatever is asked for; 0 where no layer is quantised."""
     if BITS[config.bits] == 16:
         return 0
@@ -104,7 +104,7 @@ def least_scratch(config: Config, model: Llama, itemsize: int, *, on_cuda: bool)
     return divide(0, layers, checkpointing=False, prefetch=config.runtime.prefetch and on_cuda, head=head).scratch
 
 
-def _sizes(config: Config, model: Llama, itemsize: int) -> tuple[list[list[int]], int]:
+def _sizes(config: Config, model: Decoder, itemsize: int) -> tuple[list[list[int]], int]:
     """Unpacked bytes of each layer's groups, and of the head where it is quantised."""
     layers = [[_unpacked_bytes(group, itemsize) for group in block.groups()] for block in model.blocks()]
     return layers, 0 if BITS[config.bits_head] == 16 else _unpacked_bytes((model.head,), itemsize)
@@ -115,7 +115,7 @@ def _unpacked_bytes(group: Sequence[Linear], itemsize: int) -> int:
     return itemsize * -(-weights // unpacked.ALIGNMENT) * unpacked.ALIGNMENT
 
 
-def use_memory(config: Config, model: Llama, device: torch.device, dtype: torch.dtype, spare: int = 0) -> str:
+def use_memory(config: Config, model: Decoder, device: torch.device, dtype: torch.dtype, spare: int = 0) -> str:
     """Makes the copies, for this process, and passes on the other settings of packed weights; after the weights have
     their last place and value. `spare` as in `share_of`. Returns what was done."""
     share = share_of(config, model, dtype.itemsize, on_cuda=device.type == "cuda", spare=spare)

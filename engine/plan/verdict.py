@@ -10,6 +10,7 @@ import torch
 from engine.config import Config
 from engine.data.planning import most_tiles
 from engine.memory_size import parse_size
+from engine.pictures import in_order
 from engine.plan.accounting import Costs, costs
 from engine.plan.cards import Card
 from engine.plan.fixed_memory import bits_of, frozen_bytes, parameters_by_part, training_bytes
@@ -22,7 +23,7 @@ from engine.plan.memory_budget import (
     free_bytes,
     largest_pack,
 )
-from engine.plan.meta_model import META
+from engine.plan.meta_model import META, largest_tower_group
 from engine.plan.speed import Speed, predicted
 from engine.plan.unpacked_memory import Share, share_of
 from engine.plan.workload import typical_pack
@@ -81,9 +82,9 @@ class Planner:
         """Bytes of all that is there before a pack."""
         memory = frozen_bytes(self.model, bits_of(config), self.dtype.itemsize)
         memory |= training_bytes(self.model, self.num_ranks)
-        if keeps_features(self.model.vision):  # the most there may be: how many images there are is not known here
-            most_new = most_tiles(config.runtime.tokens_per_batch)
-            memory["image features"] = most_bytes(self.model_config.vision.width, self.dtype.itemsize, most_new)
+        if keeps_features(self.model.vision, self.dtype.itemsize) and in_order(config, self.model_config):
+            most_new = most_tiles(config.runtime.tokens_per_batch)  # how many images there are is not known here
+            memory["image features"] = most_bytes(self.model_config.vision, self.dtype.itemsize, most_new)
         if self.on_cuda:
             memory["cuda context"] = CONTEXT_BYTES
         return memory
@@ -127,10 +128,12 @@ class Planner:
 
     def speed(self, config: Config, card: Card, outlook: Outlook) -> Speed:
         """Of this rank."""
-        shape, samples = largest_pack(config), None
+        shape, samples = largest_pack(config, self.model_config), None
         found = self.costs(config)
         per_step = config.optim.samples_per_step(1)
-        tokens, per_pack = typical_pack(per_step, shape.tokens)
+        tokens, per_pack = typical_pack(
+            per_step, shape.tokens, shape.image_tokens, modality=self.model_config.has_modality_token
+        )
         if tokens < SAME_SPEED * shape.tokens:
             pairs = shape.pairs * tokens // shape.tokens
             shape, samples = replace(shape, tokens=tokens, supervised=tokens, pairs=pairs), per_pack
@@ -173,9 +176,7 @@ class Planner:
             return counted_ring
         if share.num_copied < len(self.model.language.layers):
             return max(share.scratch, counted_ring)
-        vision = self.model_config.vision
-        widest = vision.width * max(3 * vision.width, vision.mlp_dim) * self.dtype.itemsize
-        return max(share.scratch, widest if bits_of(config).vision < 16 else 0)
+        return max(share.scratch, largest_tower_group(self.model, self.dtype) if bits_of(config).vision < 16 else 0)
 
 
 def limit_of(config: Config, card: Card) -> int:

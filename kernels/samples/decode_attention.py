@@ -15,7 +15,12 @@ BATCH = 8
 def calls(draw: Draw, tokens: int, width: int) -> Iterator[Call]:
     head_dim = HEAD_DIM.get(width) or min(width, 64 if width < 4096 else 128)
     heads = width // head_dim
-    for about, groups in (("", heads), ("grouped", heads // math.gcd(heads, 4))):
+    for about, groups, window in (
+        ("", heads, tokens),
+        ("grouped", heads // math.gcd(heads, 4), tokens),
+        ("window", heads, max(tokens // 4, 1)),
+    ):
         q, k, v = draw(BATCH, heads, head_dim), draw(BATCH, groups, head_dim), draw(BATCH, groups, head_dim)
         keys, values = (draw(BATCH, tokens, groups, head_dim) for _ in range(2))
-        yield Call("decode_attention", (q, k, v, keys, values, draw.below(tokens, BATCH), head_dim**-0.5), about)
+        options = draw.below(tokens, BATCH), head_dim**-0.5, window
+        yield Call("decode_attention", (q, k, v, keys, values, *options), about)

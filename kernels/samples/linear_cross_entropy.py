@@ -14,5 +14,7 @@ def calls(draw: Draw, tokens: int, width: int) -> Iterator[Call]:
         for about, gradient in (("loss", False), ("loss and gradient", True)):
             logits, losses = draw(tokens, vocabulary), draw.fp32(tokens)
             yield Call("cross_entropy_rows", (logits, labels, weights, weights.amax(), losses, gradient), about)
+        bias, logits, losses = draw.fp32(vocabulary), draw(tokens, vocabulary), draw.fp32(tokens)
+        yield Call("cross_entropy_rows", (logits, labels, weights, weights.amax(), losses, True, bias), "bias")
     yield Call("scale_gradient", (draw(tokens, width), draw.fp32(), draw.fp32(), draw.dtype), "hidden")
     yield Call("scale_gradient", (draw.fp32(width, 64), draw.fp32(), draw.fp32(), draw.dtype), "head")

@@ -11,9 +11,10 @@ DROPOUT, SITE = 0.05, 3
 
 
 def calls(draw: Draw, tokens: int, width: int) -> Iterator[Call]:
-    """Inputs of `width` channels. Ranks of Bunny's and LLaVA's recipes (128, q, k and v together) and of small ones."""
+    """Inputs of `width` channels. Ranks of Imp's recipes (256) and of Bunny's and LLaVA's (128), small ones."""
     x, seed = draw(tokens, width), draw.below(1 << 31, 1)
-    for about, adapters, rank in (("3 of rank 128", 3, 128), ("2 of rank 64", 2, 64), ("rank 8", 1, 8)):
+    ranks = (("3 of rank 256", 3, 256), ("3 of rank 128", 3, 128), ("2 of rank 64", 2, 64), ("rank 8", 1, 8))
+    for about, adapters, rank in ranks:
         a, code = draw(adapters * rank, width), draw(tokens, adapters * rank)
         masks = (adapters, DROPOUT, seed, SITE)
         yield Call("lora_down", (x, a, *masks), about)

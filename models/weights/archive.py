@@ -35,7 +35,7 @@ NOT_WEIGHTS = {  # how files begin (in lower case) that stand where the weights 
     b"<html": ("a web page, not the weights", "download it in a browser: the site asked something first"),
 }
 DAMAGED = "the file is damaged or was not copied to its end"
-GET_AGAIN = "get the file again and compare its size with the original's"
+GET_AGAIN = "download or copy the file again, and compare its size with the original's"
 
 # What torch's reader and restricted unpickler raise on bytes that are not what they seem.
 _READ_ERRORS = (

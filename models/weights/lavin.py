@@ -7,7 +7,6 @@ begins with `module.` where a file was saved under torchrun. The router's temper
 from __future__ import annotations
 
 import argparse
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 from models.weights.archive import Archive, Shape, archive_of, read_pickle
 from models.weights.errors import WeightsError
 from models.weights.names import check_shapes
+from models.weights.whole import whole
 
 WRAPPER = "module."
 OUTSIDE = {
@@ -81,20 +81,8 @@ def write_lavin_adapters(
     prefix = WRAPPER if module_prefix else ""
     model = {prefix + _disk_name(name, path): _to_disk(name, tensor) for name, tensor in tensors.items()}
     content = {"model": model, "epoch": int(epoch), "args": _plain(dict(args))}
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself
-    finally:
-        os.close(folder)
+    with whole(path) as temporary, temporary.open("wb") as file:
+        torch.save(content, file)
 
 
 def _checkpoint(path: Path) -> dict[object, object]:

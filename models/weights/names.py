@@ -3,13 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from models.language.llama import LlamaConfig
-from models.vision.clip import ClipConfig
-from models.weights.archive import Shape
+import torch
+from torch import Tensor, nn
+
+from models.adapters.names import is_adapter
+from models.language.decoder import Decoder, DecoderConfig
 from models.weights.errors import WeightsError
+
+if TYPE_CHECKING:  # benchmarks fill models where safetensors, which reads archives, is not installed
+    from models.weights.archive import Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Which rows of another project's tensor are ours, where it holds several of ours of one shape."""
+
+    index: int
+    count: int = 3
+    head_dim: int | None = None  # the parts take turns, head by head; None: one part lies under another
+
+    def take(self, whole: Tensor) -> Tensor:
+        """Our rows [R, ...] of [count * R, ...]: a view, or with turns a copy."""
+        if self.head_dim is None:
+            return whole.chunk(self.count)[self.index]
+        return whole.unflatten(0, (-1, self.count, self.head_dim))[:, self.index].flatten(0, 1)
+
+    def whole(self, shape: Shape) -> Shape:
+        """The shape of the tensor that holds ours."""
+        return (self.count * shape[0], *shape[1:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +44,7 @@ class Names:
     outside: Mapping[str, str]  # whole names outside the layers
     layer: str  # prefix with the layer's number as {}
     modules: Mapping[str, str]  # our module within a layer -> theirs
+    parts: Mapping[str, Part] = field(default_factory=dict)  # our modules that are rows of theirs
 
     def of(self, name: str) -> str:
         if name in self.outside:
@@ -27,60 +53,27 @@ class Names:
         module, _, leaf = rest.rpartition(".")
         return f"{self.layer.format(index)}{self.modules[module]}.{leaf}"
 
+    def part(self, name: str) -> Part | None:
+        """Which rows of `of(name)` are meant; None: all."""
+        if name in self.outside:
+            return None
+        return self.parts.get(name.split(".", 2)[2].rpartition(".")[0])
 
-def language_shapes(config: LlamaConfig) -> dict[str, Shape]:
-    """Every tensor of a LLaMA model by its name within the module."""
-    dim, ffn = config.dim, config.ffn_dim
-    kv_dim = config.num_kv_heads * config.head_dim
-    layer: dict[str, Shape] = {
-        "attention_norm": (dim,), "attention.q": (dim, dim), "attention.k": (kv_dim, dim), "attention.v": (kv_dim, dim),
-        "attention.o": (dim, dim), "mlp_norm": (dim,), "mlp.gate": (ffn, dim), "mlp.up": (ffn, dim),
-        "mlp.down": (dim, ffn),
-    }  # fmt: skip
-    shapes: dict[str, Shape] = {"embed.weight": (config.vocab_size, dim)}
-    for i in range(config.num_layers):
-        shapes |= {f"layers.{i}.{module}.weight": shape for module, shape in layer.items()}
-    return shapes | {"norm.weight": (dim,), "head.weight": (config.vocab_size, dim)}
+    def expected(self, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+        """Their names and shapes for ours."""
+        parts = {name: self.part(name) for name in shapes}
+        return {self.of(name): part.whole(shapes[name]) if part else shapes[name] for name, part in parts.items()}
 
 
-def vision_shapes(config: ClipConfig) -> dict[str, Shape]:
-    """Every tensor of a CLIP tower by its name within the module."""
-    width, mlp, patch = config.width, config.mlp_dim, config.patch_size
-    layer: dict[str, Shape] = {
-        "attention_norm": (width,), "attention.q": (width, width), "attention.k": (width, width),
-        "attention.v": (width, width), "attention.o": (width, width), "mlp_norm": (width,), "mlp.up": (mlp, width),
-        "mlp.down": (width, mlp),
-    }  # fmt: skip
-    shapes: dict[str, Shape] = {
-        "patch_embed.weight": (width, 3, patch, patch),
-        "class_embedding": (width,),
-        "position_embedding": (config.num_tokens, width),
-        "pre_norm.weight": (width,),
-        "pre_norm.bias": (width,),
-    }
-    for i in range(config.num_layers):
-        for module, shape in layer.items():
-            shapes[f"layers.{i}.{module}.weight"] = shape
-            shapes[f"layers.{i}.{module}.bias"] = shape[:1]
-    return shapes
+def shapes_of(module: nn.Module) -> dict[str, Shape]:
+    """Every tensor that files hold for `module` (built on the meta device), by its name within it: no adapters."""
+    return {name: tuple(p.shape) for name, p in module.named_parameters() if not is_adapter(name)}
 
 
-def tower_config(
-    file: Path, *, width: int, num_layers: int, num_heads: int, patch_size: int, image_size: int, mlp_dim: int,
-    norm_eps: float,
-) -> ClipConfig:  # fmt: skip
-    """The tower that `file` describes; a WeightsError where its numbers make no tower."""
-    if num_heads < 1 or width % num_heads:
-        raise WeightsError(file, f"a width of {width} does not divide into {num_heads} heads")
-    if not 0 < patch_size <= image_size:
-        raise WeightsError(file, f"a tile of {image_size} pixels has no patches of {patch_size}")
-    try:
-        return ClipConfig(
-            width=width, num_layers=num_layers, num_heads=num_heads, patch_size=patch_size, image_size=image_size,
-            mlp_dim=mlp_dim, norm_eps=norm_eps,
-        )  # fmt: skip
-    except ValueError as error:
-        raise WeightsError(file, str(error)) from error
+def language_shapes(config: DecoderConfig) -> dict[str, Shape]:
+    """Every tensor of a language model by its name within the module."""
+    with torch.device("meta"):
+        return shapes_of(Decoder(config))
 
 
 def check_shapes(file: Path, found: Mapping[str, Shape], expected: Mapping[str, Shape], do: str = "") -> None:

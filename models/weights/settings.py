@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,6 +17,7 @@ MOST_BYTES = 64 << 20
 MOST_VOCABULARY = 1 << 20
 MOST_WIDTH = 1 << 17
 MOST_LAYERS = 1 << 10
+MOST_POSITIONS = 1 << 24
 
 
 class Settings:
@@ -39,12 +41,45 @@ class Settings:
             raise WeightsError(self.path, f"{key} is {value!r}; expected a positive number")
         return float(value)
 
+    def share(self, key: str) -> float:
+        """A probability below 1; 0 where it is absent."""
+        value = self.values.get(key)
+        if value is None:
+            return 0.0
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1:
+            raise WeightsError(self.path, f"{key} is {value!r}; expected a number from 0 to below 1")
+        return float(value)
+
+    def flag(self, key: str) -> bool:
+        """true or false; false where it is absent."""
+        value = self.values.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise WeightsError(self.path, f"{key} is {value!r}; expected true or false")
+        return bool(value)
+
+    def text(self, key: str) -> str:
+        """A string; empty where it is absent."""
+        value = self.values.get(key)
+        if value is not None and not isinstance(value, str):
+            raise WeightsError(self.path, f"{key} is {value!r}; expected a string")
+        return value or ""
+
+    def respelled(self, keys: Mapping[str, str]) -> Settings:
+        """The same with old keys under their new names; where both are given, the new one counts."""
+        new = {keys[key]: value for key, value in self.values.items() if key in keys}
+        kept = {key: value for key, value in self.values.items() if value is not None or key not in new}
+        return Settings(self.path, new | kept)
+
+    def with_defaults(self, values: Mapping[str, object]) -> Settings:
+        """The same, with `values` where a key is absent or null."""
+        return Settings(self.path, {**values, **{k: v for k, v in self.values.items() if v is not None}})
+
     def only(self, key: str, *accepted: object) -> None:
         """Refuses a value that would need another architecture. An absent key and null are accepted."""
         value = self.values.get(key)
         if value is not None and value not in accepted:
             choices = " or ".join(map(repr, accepted)) or "its absence"
-            raise WeightsError(self.path, f"{key} {value!r} is not supported; this model family has {choices}")
+            raise WeightsError(self.path, f"{key} {value!r} is not supported; accepted is {choices}")
 
     def inner(self, key: str) -> Settings | None:
         """The object under `key`, None where it is absent or null."""

@@ -8,33 +8,45 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.language.llama import LlamaConfig
+from models.language.config import DecoderConfig
+from models.quantized import Packed
 from models.weights.errors import WeightsError
-from models.weights.hf_llama import open_hf
+from models.weights.rope_order import to_half_split, to_interleaved
 from models.weights.source import LanguageSource
 
-SHAPE = ("dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim")
+SHAPE = ("family", "dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim", "qkv_bias", "o_bias", "mlp_bias")
+ROTATED = ("attention.q.weight", "attention.k.weight")
 ROWS = 256  # that are added at a time
 
 
-def open_vicuna(base: LanguageSource, folder: Path, *, legacy_permutation: bool = False) -> LanguageSource:
-    """`base` + the delta in `folder`, tensor by tensor, added and rounded in the base's dtype.
+def add_delta(
+    base: LanguageSource, delta: LanguageSource, folder: Path, *, legacy_permutation: bool = False
+) -> LanguageSource:
+    """`base` + the `delta` in `folder`, tensor by tensor, added and rounded in the base's dtype. Rows of q and k are
+    brought into the base's order first.
 
     Some deltas have one row more in the embedding and in the head than LLaMA, for a padding token that our tokenizer
     does not have: that one last row is dropped. Any other difference of shape is an error.
 
-    `legacy_permutation` adds the delta of q and k without bringing its rows into our order. That mixes up the channels
-    of every head, but LaVIN did it, and its published Vicuna adapters were trained on the result.
+    `legacy_permutation` adds the delta's rows of q and k, which are half-split, as if they were interleaved as the
+    base's in Meta's files. That mixes up the channels of every head, but LaVIN did it, and its published Vicuna
+    adapters were trained on the result.
 
     Raises:
-        WeightsError: the delta is of another model, or a file of it is wrong.
+        WeightsError: the delta is of another model, or one of the two is quantized.
     """
-    delta = open_hf(folder, unpermute=not legacy_permutation)
     _check(base.config, delta.config, folder)
+    head_dim, interleaved = base.config.head_dim, base.config.rope_interleaved
+
+    def change(name: str) -> Tensor:
+        tensor = _plain(delta.fetch(name), name, folder)
+        if not name.endswith(ROTATED) or interleaved == legacy_permutation:
+            return tensor
+        return to_interleaved(tensor, head_dim) if interleaved else to_half_split(tensor, head_dim)
 
     def fetch(name: str) -> Tensor:
-        weight = base.fetch(name)
-        return _add(weight, delta.fetch(name), weight if base.allocated(name) else torch.empty_like(weight))
+        weight = _plain(base.fetch(name), name, base.files[0].parent)
+        return _add(weight, change(name), weight if base.allocated(name) else torch.empty_like(weight))
 
     def release(name: str) -> None:
         base.release(name)
@@ -51,6 +63,12 @@ def open_vicuna(base: LanguageSource, folder: Path, *, legacy_permutation: bool 
     )  # fmt: skip
 
 
+def _plain(tensor: Tensor | Packed, name: str, folder: Path) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise WeightsError(folder, f"{name} is quantized; a delta is added to 16-bit weights, and is 16-bit itself")
+    return tensor
+
+
 def _add(weight: Tensor, change: Tensor, out: Tensor) -> Tensor:
     """out = weight + change, without the rows that `change` has more, a few rows at a time: a delta in another dtype is
     never whole in the base's."""
@@ -60,7 +78,7 @@ def _add(weight: Tensor, change: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def _check(base: LlamaConfig, delta: LlamaConfig, folder: Path) -> None:
+def _check(base: DecoderConfig, delta: DecoderConfig, folder: Path) -> None:
     different = [
         f"{key}: got {getattr(delta, key)}, expected {getattr(base, key)}"
         for key in SHAPE

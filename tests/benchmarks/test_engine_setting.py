@@ -100,7 +100,7 @@ def test_what_is_predicted_of_the_largest_pack_is_what_the_plan_says(vlm: Vision
     choice = planner.choice(config, H200)
     share = share_of(config, planner.model.language, 4, on_cuda=True, spare=choice.spare)
     assert share is not None and share.num_copied == outlook.copied_layers
-    pack = largest_pack(config)
+    pack = largest_pack(config, vlm.config)
     sizes = [pack.tokens, pack.supervised, pack.segments, pack.tiles, pack.pairs, pack.longest]
     ran = {
         "bits": [4, 16, 16], "policy": choice.policy.to_json(), "scratch": share.scratch, "copies": share.copies,

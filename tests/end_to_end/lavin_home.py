@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engine.demo.base import fresh_base, write_base
 from models.language.llama import LlamaConfig
-from models.weights.hf_llama import NAMES
+from models.weights.families.llama import NAMES
 from models.weights.names import language_shapes
 from tests.world import COLORS, TOWER, language_config, make_scienceqa, make_tokenizer
 

@@ -47,7 +47,7 @@ def test_it_learns_what_the_base_did_not_know(run: Path) -> None:
 
 def image_accuracy(trained: Trained, instead: list[str] | None) -> tuple[float, float]:
     """Accuracy on image questions with other pictures in the place of their own, and that of guessing; in percent."""
-    dataset = open_scienceqa(trained.config, trained.tokenizer, "test")
+    dataset = open_scienceqa(trained.config, trained.tokenizer, "test", trained.model.config)
     asked = [i for i, problem in enumerate(dataset.problems) if problem["image"]]
     pictures = dict(zip(asked, instead, strict=True)) if instead else {}
     guesses = predict(
@@ -62,7 +62,7 @@ def image_accuracy(trained: Trained, instead: list[str] | None) -> tuple[float, 
 def test_without_its_picture_an_image_question_is_a_guess(trained: Trained, tmp_path: Path) -> None:
     own, by_chance = image_accuracy(trained, None)
     assert own >= 90 and 30 < by_chance < 40
-    dataset = open_scienceqa(trained.config, trained.tokenizer, "test")
+    dataset = open_scienceqa(trained.config, trained.tokenizer, "test", trained.model.config)
     pictures = [image for i in range(len(dataset)) if (image := dataset.sample(i).image) is not None]
     Image.new("RGB", (96, 96), (128, 128, 128)).save(tmp_path / "blank.png")
     shuffled = random.Random(0).sample(pictures, len(pictures))
@@ -84,7 +84,7 @@ def test_evaluation_gives_the_same_table_by_letters_and_nearly_so_by_generation(
 
 
 def test_it_answers_a_question_about_a_picture(run: Path, trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
-    dataset = open_scienceqa(trained.config, trained.tokenizer, "test")
+    dataset = open_scienceqa(trained.config, trained.tokenizer, "test", trained.model.config)
     index = next(i for i, problem in enumerate(dataset.problems) if problem["question"] == "How many balls are there?")
     problem, image = dataset.problems[index], dataset.sample(index).image
     question = question_with_options(problem)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from engine.checkpoint import find_latest, load_checkpoint
 from engine.signals import StopSignals
 from models.weights.lavin import read_lavin_args
 from tests.end_to_end.conftest import Train, World
+from tests.engine.tiny_folders import make_home
 
 REPOSITORY = Path(__file__).parents[2]
 SHORT = ["--optim.batch_size", "8", "--optim.epochs", "2", "--optim.warmup_epochs", "0.5", "--optim.lr", "0.02"]
@@ -78,18 +80,37 @@ def test_stopping_at_any_step_and_resuming_is_the_same_run(
     assert not different
 
 
-def test_two_ranks_are_one_rank(world: World, tmp_path: Path) -> None:
-    """The same samples a step, without dropout (its mask belongs to the pack): the same weights."""
-    flags = [*world.scienceqa, *SHORT, "--adapter.dropout", "0", "--optim.reduction", "micro_batch"]
-    flags += ["--runtime.tokens_per_batch", "256"]  # several packs a rank: gradients add up before they are exchanged
-    for ranks, batch in ((1, 4), (2, 4)):
-        accumulate = ["--optim.batch_size", str(batch), "--optim.accum_iter", str(2 // ranks)]
-        line = [*flags, *accumulate, "--output_dir", str(tmp_path / f"ranks-{ranks}")]
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        done = subprocess.run(
-            [*command, str(REPOSITORY / "train.py"), *line], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+def lavin_flags(world: World, folder: Path) -> list[str]:
+    packing = ["--runtime.tokens_per_batch", "256", "--optim.reduction", "micro_batch"]
+    return [*world.scienceqa, "--adapter.dropout", "0", *packing]
+
+
+def lora_flags(world: World, folder: Path) -> list[str]:
+    """LoRA on Phi with SigLIP, pictures in tiles with an image_newline: a rank's last pack has text only."""
+    folder.mkdir()
+    home = make_home(folder)
+    settings = json.loads((home / "phi" / "config.json").read_text())
+    (home / "phi" / "config.json").write_text(json.dumps(settings | {"resid_pdrop": 0.0}))
+    return [
+        "--data", str(home / "rows.json"), "--image_folder", str(home), "--model.language", str(home / "phi"),
+        "--model.vision", str(home / "siglip"), "--train.language", "lora", "--lora.rank", "4", "--lora.dropout", "0",
+        "--dataset.image_aspect_ratio", "anyres", "--model.patch_merge", "spatial_unpad",
+        "--dataset.max_seq_len", "200", "--runtime.tokens_per_batch", "128",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("flags_of", [lavin_flags, lora_flags])
+def test_two_ranks_are_one_rank(
+    world: World, tmp_path: Path, type_train: Train, flags_of: Callable[[World, Path], list[str]]
+) -> None:
+    """The same samples a step, without dropout (its mask belongs to the pack): the same weights. A rank has several
+    packs, whose gradients add up before they are exchanged."""
+    flags = [*flags_of(world, tmp_path / "home"), *SHORT, "--optim.batch_size", "4"]
+    assert type_train(*flags, "--optim.accum_iter", "2", name="ranks-1") == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    line = [*flags, "--output_dir", str(tmp_path / "ranks-2")]
+    done = subprocess.run([*command, str(REPOSITORY / "train.py"), *line], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
     one, two = last_weights(tmp_path / "ranks-1"), last_weights(tmp_path / "ranks-2")
     for name in one:
         if not name.startswith("optimizer"):

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import tyro
 
-from engine.checks import BOUNDS, effectless, validate
-from engine.config import ChatConfig, Config, EvalConfig, Optim, get, leaves, run_directory
+from engine.checks import BOUNDS, validate
+from engine.config import ChatConfig, Config, EvalConfig, Optim, get, leaves, run_directory, trained_vision
 from engine.config_file import from_yaml, to_yaml
 from engine.errors import UsageError
 from engine.flags import parse_eval, parse_train
@@ -104,6 +104,11 @@ def test_out_of_range_is_an_error_that_names_the_flag(path: str) -> None:
         ("--memory_budget 24", "memory_budget is '24'"),
         ("--memory_budget 0", "memory_budget is '0'"),
         ("--memory_budget auto", "memory_budget is 'auto'"),
+        ("--train.language lora --lora.rank 257", "lora.rank is 257"),
+        ("--model.projector mlp0x_gelu", "model.projector is 'mlp0x_gelu'"),
+        ("--model.projector lavin --model.select_layer -2", "lavin projector with a layer"),
+        ("--model.projector lavin --model.projector_weights p.bin", "projector_weights with the lavin projector"),
+        ("--train.language lora --log.lavin_checkpoints", "log.lavin_checkpoints with train.language lora"),
     ],
 )
 def test_what_cannot_work_is_an_error(line: str, message: str) -> None:
@@ -162,6 +167,16 @@ def test_an_evaluation_needs_exactly_one_thing_to_evaluate() -> None:
         ("--runtime.device cpu --runtime.unpacked_memory 1MB", "no effect with --runtime.device cpu"),
         ("--runtime.device cpu --runtime.few_rows 0", "--runtime.few_rows has no effect with --runtime.device cpu"),
         ("--runtime.device cpu --runtime.prefetch", "--runtime.prefetch has no effect with --runtime.device cpu"),
+        ("--lora.rank 8", "--lora.rank has no effect: neither --train.language nor --train.vision is lora"),
+        ("--train.vision lora --lora.targets q_proj", "--lora.targets has no effect without --train.language lora"),
+        ("--data x.json --train.language lora --adapter.dim 4", "--adapter.dim has no effect: neither"),
+        ("--data x.json --train.language lora --adapter.vision normal", "has no effect with --train.vision frozen"),
+        (
+            "--data x.json --train.language lora --train.vision frozen --legacy.block_routing",
+            "without --train.language",
+        ),
+        ("--train.vision frozen --legacy.clip_router", "--legacy.clip_router has no effect without --train.vision mma"),
+        ("--model.projector linear --model.projector_hidden 9", "--model.projector_hidden has no effect with"),
     ],
 )
 def test_a_flag_without_effect_warns(line: str, note: str) -> None:
@@ -186,10 +201,26 @@ def test_a_flag_without_effect_on_an_evaluation_warns(line: str, notes: list[str
 
 @pytest.mark.parametrize(
     "line",
-    ["", "--runtime.unpacked_memory 4GB", "--optim.lr 1e-3", "--dataset.split minitrain", "--bits 8bit --plan --json"],
+    [
+        "",
+        "--train.language lora --lora.rank 8",
+        "--runtime.unpacked_memory 4GB",
+        "--optim.lr 1e-3",
+        "--dataset.split minitrain",
+        "--bits 8bit --plan --json",
+    ],
 )
 def test_flags_with_effect_do_not_warn(line: str) -> None:
-    assert effectless(parse_train(line.split())[0]) == []
+    assert parse_train(line.split())[1] == []
+
+
+@pytest.mark.parametrize(
+    ("line", "vision"),
+    [("", "mma"), ("--train.language lora", "frozen"), ("--train.language frozen", "mma"),
+     ("--train.language lora --train.vision mma", "mma"), ("--train.language lora --train.vision lora", "lora")],
+)  # fmt: skip
+def test_what_trains_in_the_tower(line: str, vision: str) -> None:
+    assert trained_vision(parse_train(line.split())[0]) == vision
 
 
 def test_peak_learning_rate_is_per_256_samples() -> None:

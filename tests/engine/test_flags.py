@@ -12,6 +12,7 @@ import pytest
 from engine.config import ChatConfig, Config, EvalConfig, leaves
 from engine.config_file import from_yaml
 from engine.errors import UsageError
+from engine.export.config import ExportConfig
 from engine.flags import DEMO, FILES, parse_chat, parse_eval, parse_train
 from engine.suggest import closest
 
@@ -20,7 +21,7 @@ FROZEN = Path(__file__).with_name("flags.json")
 
 def test_the_flags_are_the_reviewed_ones() -> None:
     """A new flag, or one less, is a decision: change flags.json with it, and say so in CHANGELOG.md."""
-    trees = {"train.py": Config, "eval.py": EvalConfig, "chat.py": ChatConfig}
+    trees = {"train.py": Config, "eval.py": EvalConfig, "chat.py": ChatConfig, "export.py": ExportConfig}
     assert {command: list(leaves(tree)) for command, tree in trees.items()} == json.loads(FROZEN.read_text())
 
 
@@ -140,6 +141,10 @@ def test_every_leaf_that_names_a_file_is_known_as_one(tree: type) -> None:
         "dataset.options",
         "runtime.unpacked_memory",
         "memory_budget",
+        "dataset.anyres_grids",
+        "model.projector",
+        "model.s2",
+        "lora.targets",
     }
     assert texts - FILES == texts & others
 

@@ -1,12 +1,16 @@
-"""Which prompts are written together. What is written is in tests/models/test_generation.py."""
+"""Which prompts are written together, and where an answer ends. What is written: tests/models/test_generation.py."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.generation import Sampling, plan_batches
+from engine.generation import Sampling, generate, plan_batches
+from tests.models.tiny import random_samples, tiny_config, tiny_model
+
+NEVER = -1  # no token has this id
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -29,3 +33,22 @@ def test_lavins_defects_get_lavins_batches(switch: str) -> None:
         [9, 300, 2, 500, 7], Sampling(**{switch: True}), max_batch_size=2, tokens_per_batch=128
     )  # fmt: skip
     assert batches == [[0, 1], [2, 3], [4]]
+
+
+def test_any_of_several_ends_ends_an_answer() -> None:
+    """As LLaMA-3-Instruct's two do; what others write is not changed."""
+    model = tiny_model(tiny_config())
+    samples, tiles = random_samples([(14, False), (31, True), (11, True)], seed=3)
+
+    def write(eos_id: int, stop_ids: tuple[int, ...] = ()) -> list[list[int]]:
+        return generate(
+            model, samples, tiles, sampling=Sampling(max_new_tokens=8, temperature=0.0), eos_id=eos_id,
+            generator=torch.Generator(), device=torch.device("cpu"), stop_ids=stop_ids,
+        )  # fmt: skip
+
+    endless = write(NEVER)
+    ends = endless[0][2], endless[1][4]
+    first = [min((ids.index(end) for end in ends if end in ids), default=len(ids)) for ids in endless]
+    expected = [ids[:length] for ids, length in zip(endless, first, strict=True)]
+    assert len(set(first)) > 1 and first[0] <= 2 and first[1] <= 4
+    assert write(ends[0], ends[1:]) == write(ends[1], ends[:1]) == expected != write(ends[0])

@@ -41,9 +41,11 @@ ALONE = Ranks(rank=0, local_rank=0, world=1)
 
 @pytest.fixture(autouse=True)
 def attention_that_asks_no_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
-    def attend(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, causal: bool, scale: float) -> Tensor:
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, causal: bool, scale: float, window: int | None
+    ) -> Tensor:
         assert longest >= int(bounds.detach().diff().numpy().max())  # no bound at all would be a wrong one on a GPU
-        return attention.varlen_attention_reference(q, k, v, bounds, causal=causal, scale=scale)
+        return attention.varlen_attention_reference(q, k, v, bounds, causal=causal, scale=scale, window=window)
 
     monkeypatch.setitem(attention.IMPLEMENTATIONS, "sdpa", attend)
 
@@ -405,7 +407,7 @@ def model_of(case: Case, device: torch.device, dtype: torch.dtype) -> VisionLang
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
     for name, module in model.named_modules():
-        packed = isinstance(module, Linear) and module.weight is not None and module.is_frozen
+        packed = isinstance(module, Linear) and module.weight is not None and not module.trains_weight
         if packed and case.bits < 16 and name.startswith(("language.layers", "vision.layers")):
             module.quantize(module.weight.detach(), bits=case.bits, device=CPU, name=name)
     model.use_activation_policy(ActivationPolicy.uniform(case.policy, 2, 6))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.data.image_processor import ImageProcessor
 from engine.data.images import TileReader
 from engine.data.loader import StepLoader
 from engine.data.sample import IGNORE, Sample
@@ -19,8 +20,10 @@ from engine.graphs import GraphedPasses, Passes, signature
 from engine.optim import Optimizer
 from engine.scaler import LossScaler
 from engine.step import StepResult, train_step
-from engine.tower_cache import TABLE_BYTES, TowerCache, keeps_features, most_bytes
+from engine.tower_cache import TABLE_BYTES, TowerCache, image_bytes, keeps_features, most_bytes
 from kernels import attention
+from models.vision.clip import CLIP_L_14_224, CLIP_L_14_336, ClipConfig
+from models.vision.tower import make_tower
 from models.vlm import VisionLanguageModel
 from tests.engine.tape import TapeRecorder
 from tests.models.tiny import IMAGE_SIZE, VOCAB, tiny_config, tiny_model
@@ -54,7 +57,7 @@ class Reader(TileReader):
     """Random tiles by path; counts what it is asked for."""
 
     def __init__(self) -> None:
-        super().__init__(IMAGE_SIZE)
+        super().__init__(ImageProcessor(size=IMAGE_SIZE))
         self.read: list[str] = []
 
     def tile(self, path: str, where: str = "") -> Tensor:
@@ -207,19 +210,30 @@ def test_features_are_kept_of_a_tower_of_which_nothing_learns() -> None:
         return tiny_model(tiny_config(**options))
 
     frozen = model(train_vision="frozen")
-    assert keeps_features(frozen.vision)
+    assert keeps_features(frozen.vision, 4)
     for trained in (model(), model(vision_placement="normal"), model(train_vision="full")):
-        assert not keeps_features(trained.vision)
+        assert not keeps_features(trained.vision, 4)
     last = frozen.vision.blocks()[-1].mlp.up
     last.requires_grad_(True)
-    assert not keeps_features(frozen.vision)
+    assert not keeps_features(frozen.vision, 4)
     last.requires_grad_(False)
     frozen.vision.class_embedding.requires_grad_(True)
-    assert not keeps_features(frozen.vision)
+    assert not keeps_features(frozen.vision, 4)
+
+
+def test_features_of_many_tokens_are_not_kept() -> None:
+    """A table would have room for few images, and the tower would look at all others one by one."""
+    with torch.device("meta"):
+        lavins, patches = (make_tower(config).requires_grad_(False) for config in (CLIP_L_14_224, CLIP_L_14_336))
+        small = make_tower(ClipConfig(image_size=56, select_feature="patch")).requires_grad_(False)
+    assert [keeps_features(tower, 2) for tower in (lavins, patches, small)] == [True, False, True]
+    assert (image_bytes(CLIP_L_14_224, 2), image_bytes(CLIP_L_14_336, 2)) == (12 * 1024, 576 * 2048)
+    cache = TowerCache(small, torch.device("meta"), images=9, most_new=2)
+    assert cache.values.shape == (1 + 9 + 2, 16, 1024)
 
 
 def test_a_table_takes_what_a_plan_says() -> None:
     tower = tiny_model(tiny_config(train_vision="frozen")).vision
     cache = TowerCache(tower, torch.device("meta"), images=10**9, most_new=3)
-    assert cache.values.nbytes == most_bytes(tower.config.width, 4, 3)
+    assert cache.values.nbytes == most_bytes(tower.config, 4, 3)
     assert TABLE_BYTES < cache.values.nbytes <= TABLE_BYTES + 4 * 6 * 4 * tower.config.width

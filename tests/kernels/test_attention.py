@@ -31,6 +31,7 @@ SHAPES: list[tuple[tuple[int, ...], int, int, int]] = [
     ((257, 257, 215), 2, 2, 128),
 ]  # fmt: skip
 SMALL = [((33,), 1, 1, 64), ((1, 1, 0, 62, 3), 2, 1, 72), ((9, 58), 1, 1, 128), ((97,), 1, 1, 40),
+         ((31,), 1, 1, 80), ((5, 28), 1, 1, 96),
          ((1,) * 33 + (7, 0, 2), 1, 1, 16)]  # fmt: skip
 LARGE = [((1, 1, 577, 0, 290, 600, 579), 32, 8, 128), ((729, 729), 16, 16, 72), ((1,) * 300 + (77,), 4, 2, 64)]
 
@@ -50,12 +51,15 @@ def expression(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | Non
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)[0].transpose(0, 1)
 
 
-def visible(cu_seqlens: Tensor, causal: bool) -> Tensor:
+def visible(cu_seqlens: Tensor, causal: bool, window: int | None = None) -> Tensor:
     """[T, T], by the definition, one segment after another."""
     mask = torch.zeros(int(cu_seqlens[-1]), int(cu_seqlens[-1]), dtype=torch.bool)
     for start, stop in pairwise(cu_seqlens.tolist()):
         block = torch.ones(stop - start, stop - start, dtype=torch.bool)
         mask[start:stop, start:stop] = block.tril() if causal else block
+    if window is not None:  # key > query - window
+        at = torch.arange(len(mask))
+        mask &= at[None, :] > at[:, None] - window
     return mask
 
 
@@ -104,6 +108,87 @@ def test_the_own_kernels_error_is_torchs_own(
     )  # fmt: skip
 
 
+WINDOWS = [((97,), 1, 1, 40, 5), ((1, 1, 0, 62, 3, 100), 1, 1, 72, 64), ((1,) * 33 + (7, 0, 71), 2, 1, 16, 33),
+           ((258,), 1, 1, 16, 191)]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("implementation", ["triton", "sdpa"])
+@pytest.mark.parametrize(("lengths", "heads", "groups", "head_dim", "window"), WINDOWS)
+def test_a_window(
+    lengths: tuple[int, ...], heads: int, groups: int, head_dim: int, window: int, implementation: str,
+    dtype: torch.dtype, device: torch.device,
+) -> None:  # fmt: skip
+    """Narrower than a tile, as wide, one wider, one short of three; the last with two queries in the last tile."""
+    cu_seqlens = bounds(*lengths)
+    mask, on_device = visible(cu_seqlens, True, window).to(device), cu_seqlens.to(device)
+    assert_error_is_torchs_own(
+        lambda q, k, v: attend(implementation, q, k, v, on_device, max(lengths), causal=True, window=window),
+        [x.to(device) for x in inputs(sum(lengths), heads, groups, head_dim, dtype)], mask,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("window", [17, 65])
+def test_what_a_window_hides_is_not_read(window: int, device: torch.device) -> None:
+    """Not only masked: what is not finite would come through a mask as 0 * nan. Both ways, of tiles of 64."""
+    leaves = [x.to(device).half() for x in inputs(270, 1, 1, 16)]
+    for x in leaves[1:]:
+        x[: 192 - window] = torch.nan  # whole tiles of 32 or 64 keys before what the last 78 queries see
+    out = attend("triton", *leaves, bounds(270).to(device), 270, causal=True, window=window)
+    assert torch.isfinite(out[192:]).all()
+    assert torch.isnan(out[: 192 - window]).all()
+
+    leaves = [x.to(device).half().requires_grad_() for x in inputs(270, 1, 1, 16)]
+    out = attend("triton", *leaves, bounds(270).to(device), 270, causal=True, window=window)
+    grad = torch.zeros_like(out)
+    grad[192 + window :] = torch.nan  # queries that see none of the first 192 keys
+    dq, dk, dv = torch.autograd.grad(out, leaves, grad)
+    assert all(torch.isfinite(x[:192]).all() for x in (dq, dk, dv))
+    assert torch.isnan(dv[192 + window :]).all()
+
+
+def test_a_window_that_hides_nothing_is_plain_causal_attention(backend: str, device: torch.device) -> None:
+    launched: list[object] = []
+    results = []
+    for window, longest in ((None, 70), (70, 70), (100, 2**31 - 1)):
+        leaves = [x.to(device).requires_grad_() for x in inputs(100, 2, 1, 16)]
+        with dispatch.recording(lambda kernel, grid, config, args, constants: launched.append(constants["WINDOW"])):
+            out = varlen_attention(*leaves, bounds(70, 30).to(device), longest, causal=True, window=window)
+            results.append([out.detach(), *torch.autograd.grad(out.sum(), leaves)])
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+    assert launched == ([0] * 9 if backend == "triton" else [])
+
+
+@pytest.mark.parametrize("window", [1, 4])
+def test_gradcheck_of_a_window(window: int) -> None:
+    tensors = [x.double().requires_grad_() for x in inputs(7, 2, 1, 4)]
+    cu_seqlens = bounds(2, 0, 5)
+    expected = varlen_attention_reference(*tensors, cu_seqlens, causal=True, window=window)
+    torch.testing.assert_close(varlen_attention(*tensors, cu_seqlens, 5, causal=True, window=window), expected)
+    for attention_ in (varlen_attention_reference, lambda *x, **options: varlen_attention(*x, 5, **options)):
+        assert torch.autograd.gradcheck(
+            lambda *x: attention_(*x, cu_seqlens, causal=True, window=window),  # noqa: B023
+            tensors,
+        )
+
+
+def test_a_window_of_one_token_has_its_own_value(device: torch.device) -> None:
+    """And scores without a gradient, to the bit."""
+    leaves = [x.to(device).requires_grad_() for x in inputs(70, 2, 2, 64)]
+    out = attend("triton", *leaves, bounds(70).to(device), 70, causal=True, window=1)
+    dq, dk, _ = torch.autograd.grad(out.square().sum(), leaves)
+    torch.testing.assert_close(out, leaves[2])
+    assert not dq.any()
+    assert not dk.any()
+
+
+def test_windows_that_are_refused() -> None:
+    tensors = inputs(6, 2, 2, 8)
+    for window, causal in ((0, True), (-3, True), (2, False), (6, False)):
+        with pytest.raises(ValueError, match=f"only causal; got window={window}, causal={causal}"):
+            varlen_attention(*tensors, bounds(6), 6, causal=causal, window=window)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_random_shapes(dtype: torch.dtype, device: torch.device) -> None:
     """Views of one tensor of q, k and v, as a fused projection gives them."""
@@ -113,15 +198,16 @@ def test_random_shapes(dtype: torch.dtype, device: torch.device) -> None:
         lengths = [draw.choice([0, 1, draw.randint(0, longest)]) for _ in range(draw.randint(0, 12 if GPU else 3))]
         lengths += [draw.randint(64, 64 + longest), 0]  # enough values for a largest error that means something
         groups, (group, head_dim, causal) = draw.randint(1, 4 if GPU else 1), draw.choice(HEADS)
-        scale = draw.choice([None, 0.2])
+        scale, window = draw.choice([None, 0.2]), draw.choice([None, 7, 50, 130]) if GPU and causal else None
         cu_seqlens = bounds(*lengths)
         torch.manual_seed(i)
         packed = torch.randn(sum(lengths), (group + 2) * groups, head_dim).to(device, dtype)
         tensors = list(packed.split([group * groups, groups, groups], dim=1))
-        mask, on_device = visible(cu_seqlens, causal).to(device), cu_seqlens.to(device)
+        mask, on_device = visible(cu_seqlens, causal, window).to(device), cu_seqlens.to(device)
 
         def compute(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attend("triton", q, k, v, on_device, max(lengths), causal=causal, scale=scale)  # noqa: B023
+            options = {"causal": causal, "scale": scale, "window": window}  # noqa: B023
+            return attend("triton", q, k, v, on_device, max(lengths), **options)  # noqa: B023
 
         assert_error_is_torchs_own(compute, tensors, mask, scale)
 
@@ -140,19 +226,19 @@ def test_a_token_of_its_own(dtype: torch.dtype, causal: bool, device: torch.devi
 
 
 @pytest.mark.skipif(not GPU, reason="needs a CUDA device")
-@CAUSAL
+@pytest.mark.parametrize(("causal", "window"), [(True, None), (False, None), (True, 100), (True, 1)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("groups", "head_dim"), [(4, 64), (2, 80), (1, 128)])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_every_implementation_that_is_here(
-    implementation: str, groups: int, head_dim: int, dtype: torch.dtype, causal: bool
+    implementation: str, groups: int, head_dim: int, dtype: torch.dtype, causal: bool, window: int | None
 ) -> None:
-    if missing := implementations()[implementation]:
+    if missing := implementations()[implementation] or attention._windowless(implementation, window):
         pytest.skip(missing)
     cu_seqlens = bounds(1, 1, 257, 0, 127, 30)
-    mask, on_device = visible(cu_seqlens, causal).cuda(), cu_seqlens.cuda()
+    mask, on_device = visible(cu_seqlens, causal, window).cuda(), cu_seqlens.cuda()
     assert_error_is_torchs_own(
-        lambda q, k, v: attend(implementation, q, k, v, on_device, 257, causal=causal),
+        lambda q, k, v: attend(implementation, q, k, v, on_device, 257, causal=causal, window=window),
         [x.cuda() for x in inputs(416, 4, groups, head_dim, dtype)], mask,
     )  # fmt: skip
 
@@ -310,15 +396,21 @@ def test_what_flash_attn_is_told(causal: bool, monkeypatch: pytest.MonkeyPatch) 
     def stand_in(
         q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
         max_seqlen_k: int, dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+        window_size: tuple[int, int] = (-1, -1),
     ) -> Tensor:  # fmt: skip
         assert cu_seqlens_q is cu_seqlens_k
         assert (max_seqlen_q, max_seqlen_k, dropout_p) == (4, 4, 0.0)
-        return varlen_attention_reference(q, k, v, cu_seqlens_q, causal=causal, scale=softmax_scale)
+        behind, ahead = window_size
+        assert ahead == (-1 if behind == -1 else 0)
+        window = None if behind == -1 else behind + 1  # keys from query - behind on are seen
+        return varlen_attention_reference(q, k, v, cu_seqlens_q, causal=causal, scale=softmax_scale, window=window)
 
     fake_module(monkeypatch, "flash_attn", flash_attn_varlen_func=stand_in)
     tensors, cu_seqlens = inputs(6, 4, 2, 8), bounds(2, 4)
-    out = attention_peers.flash_attn(*tensors, cu_seqlens, 4, causal, 0.2)
-    assert torch.equal(out, varlen_attention_reference(*tensors, cu_seqlens, causal=causal, scale=0.2))
+    for window in (None, 1, 3)[: 3 if causal else 1]:
+        out = attention_peers.flash_attn(*tensors, cu_seqlens, 4, causal, 0.2, window)
+        expected = varlen_attention_reference(*tensors, cu_seqlens, causal=causal, scale=0.2, window=window)
+        assert torch.equal(out, expected)
 
 
 @CAUSAL
@@ -372,7 +464,11 @@ def test_what_torchs_varlen_attention_is_told(causal: bool, takes_gqa: bool, mon
     attention_peers._varlen_attn.cache_clear()
     for groups in (4, 2):
         attention_peers.flash(*inputs(6, 4, groups, 8), bounds(2, 4), 4, causal, 0.2)
+    if causal:
+        attention_peers.flash(*inputs(6, 4, 4, 8), bounds(2, 4), 4, causal, 0.2, 3)
     attention_peers._varlen_attn.cache_clear()
+    assert [call["window_size"] for call in calls[2:]] == ([(2, 0)] if causal else [])  # of 3 tokens, 2 are before it
+    calls = calls[:2]
     assert all(call["window_size"] == ((-1, 0) if causal else (-1, -1)) for call in calls)
     assert all(call["scale"] == 0.2 for call in calls)
     assert not calls[0].get("enable_gqa", False)
@@ -443,10 +539,31 @@ def test_a_torch_without_flash_attention(
     assert implementations()["flash"] == "ImportError: no such module"
     q = inputs(9, 2, 2, 64, torch.float16)[0].as_subclass(OnGpu)
     why = "predicted to be the fastest here; not flash: ImportError: no such module"
-    assert attention._preferred(q, 5) == ("triton", why)
+    assert attention._preferred(q, 5, None) == ("triton", why)
     monkeypatch.setattr(attention, "PREFERENCES", [attention.Preference("sdpa", (q.dtype,), 80, 64, longest=4)])
-    assert attention._preferred(q, 4)[0] == "sdpa"
-    assert attention._preferred(q, 5)[0] == "reference"
+    assert attention._preferred(q, 4, None)[0] == "sdpa"
+    assert attention._preferred(q, 5, None)[0] == "reference"
+
+
+@pytest.mark.parametrize("takes_window", [True, False])
+def test_who_takes_a_window(
+    takes_window: bool, on_gpu: Callable[[tuple[int, int]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the signature of what is installed; one that takes none is passed over, and refused where it is named."""
+    on_gpu((9, 0))
+    from torch.nn.attention.varlen import varlen_attn
+
+    def windowless(q: Tensor) -> Tensor:
+        return q
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn if takes_window else windowless)
+    fake_module(monkeypatch, "flash_attn", flash_attn_varlen_func=windowless)
+    q, k, v = (x.as_subclass(OnGpu) for x in inputs(9, 2, 2, 64, torch.float16))
+    assert attention._preferred(q, 9, None)[0] == "flash"
+    assert attention._preferred(q, 9, 4)[0] == ("flash" if takes_window else "triton")
+    for name in ("xformers", "flash_attn", *(() if takes_window else ("flash",))):
+        with pytest.raises(ValueError, match=rf"'{name}': .*takes no window.*; accepted here: triton, .*sdpa"):
+            attend(name, q, k, v, bounds(9), 9, causal=True, window=4)
 
 
 def test_a_module_that_does_not_import_says_why() -> None:

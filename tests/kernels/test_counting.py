@@ -10,9 +10,10 @@ from kernels import unpacked
 from kernels.attention import varlen_attention
 from kernels.counting import counting
 from kernels.dispatch import decisions
+from kernels.dropped_sum import dropped_sum
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.linear_nf4 import linears_nf4
-from kernels.lora_linear import lora_linear
+from kernels.lora_linear import lora_down, lora_linear
 from kernels.nf4 import NF4Tensor
 from kernels.swiglu import swiglu
 
@@ -70,14 +71,27 @@ def test_a_primitive_launches_nothing_and_counts_its_kernels() -> None:
     assert decisions() == before, "counting is no run"
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_attention_goes_by_pairs(causal: bool) -> None:
+def test_a_sum_through_dropout_moves_three_streams_each_way() -> None:
+    a, b = bf16(T, D, grad=True), bf16(T, D, grad=True)
+    seed = torch.empty(1, dtype=torch.int64, device=META)
+    with counting() as counter:
+        y = dropped_sum(a, b, dropout=0.1, seed=seed, site=0)
+        assert counter.live == 2 * T * D, "no mask is kept"
+        y.backward(torch.empty_like(y))
+        dropped_sum(a, b, dropout=0.0, seed=seed, site=0)
+    names = [(op.name, op.bytes, op.launches) for op in counter.ops if op.launches]
+    each = 3 * 2 * T * D
+    assert names == [("dropped_sum_forward", each + 8, 1), ("dropped_sum_backward", each + 8, 1), ("add", each, 1)]
+
+
+@pytest.mark.parametrize(("causal", "window"), [(True, None), (False, None), (True, 100)])
+def test_attention_goes_by_pairs(causal: bool, window: int | None) -> None:
     heads, width, pairs = 4, 64, 12_345
     q, k, v = (bf16(T, heads, width, grad=True) for _ in range(3))
     bounds = torch.empty(5, dtype=torch.int32, device=META)
     with counting() as counter:
         counter.pairs = pairs
-        o = varlen_attention(q, k, v, bounds, T, causal=causal)
+        o = varlen_attention(q, k, v, bounds, T, causal=causal, window=window)
         kept = counter.live
         assert kept == 2 * T * heads * width + 4 * T * heads  # o and lse
         o.backward(torch.empty_like(o))
@@ -105,11 +119,12 @@ def test_unpacked_weights_have_a_buffer_of_their_own() -> None:
     assert sum(op.flops for op in products) == (2 + 2 + 2) * 2 * T * D * F
 
 
-def test_the_head_takes_two_products_and_a_chunk_of_logits() -> None:
-    hidden, head = bf16(T, D, grad=True), bf16(V, D)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_head_takes_two_products_and_a_chunk_of_logits(with_bias: bool) -> None:
+    hidden, head, bias = bf16(T, D, grad=True), bf16(V, D), bf16(V) if with_bias else None
     labels, weights = torch.empty(T, dtype=torch.int64, device=META), torch.empty(T, device=META)
     with counting() as counter:
-        loss = linear_cross_entropy(hidden, head, labels, weights)
+        loss = linear_cross_entropy(hidden, head, labels, weights, bias=bias)
         assert sum(op.flops for op in counter.ops) == 2 * 2 * T * D * V
         logits = 2 * T * 1024  # rows start at multiples of 64 elements
         kept = 2 * T * D + 4 + 4  # dhidden, its scale, the loss
@@ -129,6 +144,15 @@ def test_own_products_count_by_their_table() -> None:
     assert by_name == {"lora_down": 2 * T * D * rank, "lora_update_": 2 * T * D * rank, "lora_outer": 2 * T * F * rank}
     plain = sum(op.flops for op in counter.ops if op.kind == "product" and not op.name.startswith("lora"))
     assert plain == 2 * 2 * T * D * F + 2 * 2 * T * F * rank  # x W^T, dy W; h B^T, dy B
+
+
+def test_a_copy_inside_of_a_primitive_counts_and_a_view_does_not() -> None:
+    """Codes of more than 1,024 channels are fp32 partial sums, added and cast."""
+    x, a, seed = bf16(T, 2048), bf16(8, 2048), torch.empty(1, dtype=torch.int64, device=META)
+    with counting() as counter:
+        lora_down(x, a, 1, 0.1, seed, 0)
+    assert [(op.name, op.bytes) for op in counter.ops[:2]] == [("sum", 4 * 8 * T * 3), ("to", (4 + 2) * 8 * T)]
+    assert [op.name for op in counter.ops[2:]] == ["lora_down"]
 
 
 def test_a_convolution() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.attention import varlen_attention
 from kernels.decode_attention import decode_attention, decode_attention_reference
 from tests.kernels.tolerance import assert_within_twice
 
@@ -21,14 +22,14 @@ def drawn(
     return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
 
 
-def assert_accurate(tensors: list[Tensor], lengths: Tensor) -> None:
+def assert_accurate(tensors: list[Tensor], lengths: Tensor, window: int | None = None) -> None:
     q, k, v, keys, values = tensors
     ours = [keys.clone(), values.clone()]
-    out = decode_attention(q, k, v, *ours, lengths)
+    out = decode_attention(q, k, v, *ours, lengths, window=window)
     scale = q.shape[-1] ** -0.5
-    expression = decode_attention_reference(q, k, v, keys.clone(), values.clone(), lengths, scale)
+    expression = decode_attention_reference(q, k, v, keys.clone(), values.clone(), lengths, scale, window)
     wide = [x.double() for x in tensors]
-    assert_within_twice(out, expression, decode_attention_reference(*wide, lengths, scale))
+    assert_within_twice(out, expression, decode_attention_reference(*wide, lengths, scale, window))
     for cache, old, new in zip(ours, (keys, values), (k, v), strict=True):
         expected = old.clone()
         expected[torch.arange(len(lengths)), lengths.cpu()] = new
@@ -59,7 +60,8 @@ def test_random_shapes(triton_backend: None, dtype: torch.dtype, device: torch.d
     for _ in range(RANDOM_SHAPES):
         batch, groups, places = below(5), below(4), below(400)
         lengths = torch.randint(0, places, (batch,), generator=generator).to(device)
-        assert_accurate(drawn(batch, groups * below(4), groups, 8 * below(17), places, dtype, device), lengths)
+        tensors = drawn(batch, groups * below(4), groups, 8 * below(17), places, dtype, device)
+        assert_accurate(tensors, lengths, (None, below(400))[below(3) - 1])
 
 
 def test_views_of_one_tensor(backend: str, device: torch.device) -> None:
@@ -85,6 +87,35 @@ def test_what_lies_behind_is_not_seen(backend: str, device: torch.device) -> Non
     assert torch.equal(decode_attention(*tensors, lengths), before)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [1, 130, 299])
+def test_a_window(backend: str, window: int, dtype: torch.dtype, device: torch.device) -> None:
+    lengths = torch.tensor([299, 0, window - 1, 200], device=device)
+    assert_accurate(drawn(4, 4, 2, 32, 300, dtype, device), lengths, window)
+
+
+@pytest.mark.parametrize("window", [1, 3, 7])
+def test_a_window_is_that_of_the_packed_attention(backend: str, window: int, device: torch.device) -> None:
+    """The last token of a segment; and what lies before its window may be anything."""
+    q, k, v = (torch.randn(9, n, 32, generator=torch.Generator().manual_seed(n)).to(device) for n in (4, 2, 2))
+    bounds = torch.tensor([0, 9], dtype=torch.int32, device=device)
+    expected = varlen_attention(q, k, v, bounds, 9, causal=True, window=window)[8:]
+    cache = [torch.cat((x[:8], torch.zeros_like(x[:4])))[None].contiguous() for x in (k, v)]
+    if backend == "triton":
+        for x in cache:
+            x[:, : 9 - window] = torch.nan
+    out = decode_attention(q[8:], k[8:], v[8:], *cache, torch.tensor([8], device=device), window=window)
+    torch.testing.assert_close(out, expected)
+
+
+def test_a_window_that_hides_nothing_changes_no_bit(backend: str, device: torch.device) -> None:
+    tensors, lengths = drawn(2, 2, 2, 64, 40, torch.float32, device), torch.tensor([39, 20], device=device)
+    plain, *others = (
+        decode_attention(*(x.clone() for x in tensors), lengths, window=window) for window in (None, 40, 99)
+    )
+    assert all(torch.equal(plain, other) for other in others)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     q, k, v, keys, values = drawn(2, 4, 2, 64, 5, torch.float32, torch.device("cpu"))
     lengths = torch.zeros(2, dtype=torch.int64)
@@ -96,5 +127,8 @@ def test_what_does_not_fit_is_refused() -> None:
         decode_attention(q, k, v, keys, values, lengths.int())
     with pytest.raises(ValueError, match="contiguous"):
         decode_attention(q, k, v, keys.transpose(1, 2).contiguous().transpose(1, 2), values, lengths)
+    for window in (0, -2):
+        with pytest.raises(ValueError, match=f"at least 1 place, got {window}"):
+            decode_attention(q, k, v, keys, values, lengths, window=window)
     with pytest.raises(ValueError, match="no gradients"):
         decode_attention(q.requires_grad_(), k, v, keys, values, lengths)

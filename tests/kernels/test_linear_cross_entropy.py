@@ -83,6 +83,18 @@ def test_error_is_at_most_twice_that_of_torch(
     check(problem(*shape, dtype, device), frozen)
 
 
+@pytest.mark.parametrize("vocabulary", [50295, 51200, 100352, 128257])
+def test_the_vocabularies_of_the_models(triton_backend: None, vocabulary: int, device: torch.device) -> None:
+    """Phi-2's without and with the rows that pad it, StableLM-2's, LLaMA-3's with a token more.
+
+    Labels lie in the first, the middle and the last channel.
+    """
+    hidden, weight, *_ = problem(3, vocabulary, 16, torch.float16, device)
+    weights = torch.tensor([0.2, 0.5, 0.3], device=device)
+    labels = torch.tensor([0, vocabulary // 2, vocabulary - 1], device=device)
+    check((hidden, weight, labels, weights), frozen=True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES if ON_GPU else DTYPES[:2], ids=str)
 def test_random_shapes(triton_backend: None, dtype: torch.dtype, device: torch.device) -> None:
     draw = torch.Generator().manual_seed(0)
@@ -181,6 +193,129 @@ def test_packed_head_is_its_dequantized_weight(
         loss = linear_cross_entropy(h, head, labels, weights)
         values.append((loss, *torch.autograd.grad(loss, h)))
     assert all(torch.equal(a, b) for a, b in zip(*values, strict=True))
+
+
+def biased(vocabulary: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """Large enough to decide who is the largest."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    return (3 * torch.randn(vocabulary, generator=generator)).to(device, dtype)
+
+
+def with_bias(
+    function: Callable[..., Tensor], inputs: tuple[Tensor, ...], bias: Tensor, frozen: bool, **options: int
+) -> list[Tensor]:
+    """Loss and gradients of hidden, bias and, unless frozen, the head."""
+    hidden, weight, labels, weights = inputs
+    h, b, w = (x.detach().requires_grad_() for x in (hidden, bias, weight))
+    loss = function(h, weight if frozen else w, labels, weights, bias=b, **options)
+    return [loss.detach(), *torch.autograd.grad(loss * 1024, [h, b] if frozen else [h, b, w])]
+
+
+def biased_expression(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, bias: Tensor) -> Tensor:
+    logits = F.linear(hidden, weight, bias.to(hidden.dtype)).to(torch.promote_types(hidden.dtype, torch.float32))
+    return (weights * F.cross_entropy(logits, labels, reduction="none")).sum()
+
+
+@pytest.mark.parametrize(
+    ("shape", "wide_bias", "frozen"),
+    [((33, 1000, 72), True, True), ((33, 1001, 72), False, False), ((5, 32003, 64), True, False)],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str, indirect=True)
+def test_error_with_a_bias_is_at_most_twice_that_of_torch(
+    backend: str, shape: tuple[int, int, int], dtype: torch.dtype, wide_bias: bool, frozen: bool, device: torch.device
+) -> None:
+    inputs, bias = problem(*shape, dtype, device), biased(shape[1], dtype, device)
+    if wide_bias:
+        bias = bias.float()
+    exact = tuple(x.double() if x.is_floating_point() else x for x in inputs)
+    ours = with_bias(linear_cross_entropy, inputs, bias, frozen)
+    theirs = with_bias(biased_expression, inputs, bias, frozen)
+    truth = with_bias(biased_expression, exact, bias.double(), frozen)
+    for name, *values in zip(("loss", "dhidden", "dbias", "dweight"), ours, theirs, truth, strict=False):
+        assert_within_twice(*values, name)
+    assert ours[2].dtype == bias.dtype
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_gradcheck_of_a_bias(frozen: bool) -> None:
+    hidden, weight, labels, weights = (x.double() if x.is_floating_point() else x for x in problem(5, 11, 6))
+    leaves = hidden.requires_grad_(), weight.requires_grad_(not frozen), biased(11, torch.float64).requires_grad_()
+    expected = biased_expression(hidden, weight, labels, weights, leaves[2])
+    for function in (linear_cross_entropy, linear_cross_entropy_reference):
+        torch.testing.assert_close(function(hidden, weight, labels, weights, bias=leaves[2]), expected)
+        assert torch.autograd.gradcheck(lambda h, w, b, f=function: f(h, w, labels, weights, bias=b), leaves)
+
+
+@pytest.mark.parametrize("vocabulary", [97, 96])
+def test_a_bias_of_zeros_changes_no_bit(backend: str, vocabulary: int, device: torch.device) -> None:
+    inputs = problem(12, vocabulary, 48, torch.float16, device)
+    plain = results(linear_cross_entropy, inputs, False)
+    for dtype in (torch.float16, torch.float32):
+        loss, dhidden, dbias, dweight = with_bias(
+            linear_cross_entropy, inputs, torch.zeros(vocabulary, dtype=dtype, device=device), False
+        )
+        assert all(map(torch.equal, (loss, dhidden, dweight), plain))
+        assert dbias.any()
+
+
+def test_chunks_and_strides_of_a_bias_do_not_show(
+    backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, bias = problem(20, 130, 32, device=device), biased(130, torch.float32, device)
+    whole = with_bias(linear_cross_entropy, inputs, bias, False, memory_budget=1)
+    monkeypatch.setattr(module, "ROW_MULTIPLE", 8)
+    monkeypatch.setattr(module, "SMALLEST_CHUNK", 8)
+    apart = torch.stack((bias, bias), 1)[:, 0]
+    parts = with_bias(linear_cross_entropy, inputs, apart, False, memory_budget=1)
+    for one, pieces in zip(whole, parts, strict=True):
+        torch.testing.assert_close(one, pieces, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("quantize", [quantize_nf4, quantize_int8])
+def test_a_packed_head_with_a_bias(backend: str, quantize: Any, device: torch.device) -> None:
+    inputs, bias = problem(20, 97, 48, torch.float16, device), biased(97, torch.float16, device)
+    packed = quantize(inputs[1])
+    dense = (
+        dequantize_nf4(packed, torch.float16) if quantize is quantize_nf4 else dequantize_int8(packed, torch.float16)
+    )
+    hidden, _, labels, weights = inputs
+    values = []
+    for head in (packed, dense):
+        h, b = hidden.clone().requires_grad_(), bias.clone().requires_grad_()
+        loss = linear_cross_entropy(h, head, labels, weights, bias=b)
+        values.append((loss, *torch.autograd.grad(loss, (h, b))))
+    assert all(map(torch.equal, *values))
+
+
+def test_a_bias_that_learns_alone_and_one_that_is_frozen(backend: str, device: torch.device) -> None:
+    inputs, bias = problem(20, 97, 48, device=device), biased(97, torch.float32, device)
+    hidden, weight, labels, weights = inputs
+    _, dhidden, dbias, _ = with_bias(linear_cross_entropy, inputs, bias, False)
+    alone = linear_cross_entropy(hidden, weight, labels, weights, bias=bias.requires_grad_())
+    assert torch.equal(torch.autograd.grad(alone * 1024, bias)[0], dbias)
+    h = hidden.requires_grad_()
+    frozen = linear_cross_entropy(h, weight, labels, weights, bias=bias.detach())
+    assert torch.equal(torch.autograd.grad(frozen * 1024, h)[0], dhidden)
+
+
+def test_no_rows_and_a_bias(backend: str, device: torch.device) -> None:
+    loss, dhidden, dbias, dweight = with_bias(
+        linear_cross_entropy, problem(0, 11, 8, device=device), biased(11, torch.float32, device), False
+    )
+    assert (loss.item(), dhidden.shape) == (0.0, (0, 8))
+    assert not dbias.any() and not dweight.any()
+
+
+def test_biases_that_are_refused(device: torch.device) -> None:
+    hidden, weight, labels, weights = problem(5, 11, 6)
+    for bias in (torch.zeros(10), torch.zeros(1, 11), torch.zeros(11, dtype=torch.float16)):
+        with pytest.raises(ValueError, match=r"takes a bias \[11\] in float32 or torch.float32 .* got \(1"):
+            linear_cross_entropy(hidden, weight, labels, weights, bias=bias)
+    logits = torch.zeros(1, 16)[:, :11]
+    row = torch.zeros(1, dtype=torch.int64), torch.ones(1), torch.ones(()), torch.zeros(1)
+    with pytest.raises(ValueError, match="11 elements and padding to a multiple of 8, got 11"):
+        cross_entropy_rows(logits, *row, True, torch.zeros(11))
 
 
 def test_packed_head_is_dequantized_once_a_call(monkeypatch: pytest.MonkeyPatch) -> None:

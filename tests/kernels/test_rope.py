@@ -78,6 +78,40 @@ def test_error_is_torchs_own(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("head_dim", "turning"), [(64, 32), (80, 32), (64, 16)], ids=["Phi-1.5", "Phi-2", "StableLM"])
+def test_parts_of_a_fused_product_with_a_bias(
+    backend: str, head_dim: int, turning: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Half-split and partial, in place on slices of one [T, 3 D]: forward, and the gradient through the product."""
+    tokens, heads, inner = 5, 3, 16
+    generator = torch.Generator().manual_seed(head_dim + turning)
+    width = heads * head_dim
+    shapes = (tokens, inner), (3 * width, inner), (3 * width,), (tokens, 3 * width)
+    drawn = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+    cos, sin = rope_table(turning, POSITIONS, 10000.0, device)
+    at = torch.randint(0, POSITIONS, (tokens,), generator=generator).to(device)
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        qkv = torch.addmm(bias, x, weight.T).unflatten(-1, (-1, head_dim))
+        q, k, v = (qkv[:, i * heads : (i + 1) * heads] for i in range(3))
+        turned = rope(q, k, cos, sin, at, interleaved=False, inplace=True)
+        assert [y.data_ptr() for y in turned] == [q.data_ptr(), k.data_ptr()]
+        return torch.cat((*turned, v), dim=1).flatten(1)
+
+    def theirs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        q, k, v = torch.addmm(bias, x, weight.T).unflatten(-1, (-1, head_dim)).chunk(3, dim=1)
+        return torch.cat((*(expression(y, cos[at], sin[at], False) for y in (q, k)), v), dim=1).flatten(1)
+
+    results = []
+    for function, to in ((ours, dtype), (theirs, dtype), (theirs, torch.float64)):
+        leaves = [x.detach().to(to).requires_grad_() for x in drawn[:3]]
+        out = function(*leaves)
+        results.append([out.detach(), *torch.autograd.grad(out, leaves, drawn[3].to(to))])
+    for name, *values in zip(("out", "dx", "dweight", "dbias"), *results, strict=True):
+        assert_within_twice(*values, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_random_shapes(triton_backend: None, dtype: torch.dtype, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(0)
 

@@ -1,7 +1,8 @@
 """LaVIN (arXiv 2305.15023) written the plain way, from its formulas: padded [B, S, D] tensors, one modality token a
 sample, an explicit mask, complex RoPE, grouped convolutions. It shares nothing with models/ but the tensor names.
 
-    index 0 of a row   modality token: sees itself only, is seen by nobody
+    index 0 of a row   modality token: sees itself only, is seen by nobody (a model without one: the embedding of id 0,
+                       and the sample's positions begin at 0 behind it)
     index j + 1        token j of the sample (image tokens included), then right padding
 
 It computes in the dtype of the weights it is given (the tests give it fp64), as LaVIN's evaluation does: no dropout.
@@ -165,7 +166,8 @@ class PaddedReference:
         rows = []
         for b in range(len(embedded)):
             columns = list(embedded[b])
-            columns[0] = self.weights["modality_embedding.weight"][batch.has_image[b]]
+            if self.config.has_modality_token:
+                columns[0] = self.weights["modality_embedding.weight"][batch.has_image[b]]
             for k, slot in enumerate(batch.image_slots[b]):
                 columns[slot] = image[b, k]
             rows.append(torch.stack(columns))
@@ -181,7 +183,8 @@ class PaddedReference:
         x = self.embed(batch)
         size, width = batch.input_ids.shape
         if positions is None:
-            positions = torch.arange(width).expand(size, width)
+            first = 0 if self.config.has_modality_token else -1
+            positions = (torch.arange(width) + first).clamp(min=0).expand(size, width)
         mask = torch.full((width, width), float("-inf"), dtype=x.dtype).triu(1)
         mask[1:, 0] = float("-inf")
         for i in range(config.num_layers):

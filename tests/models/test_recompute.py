@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TypeAlias, cast
 
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from kernels import dispatch
 from kernels.norm_mma import add_norm_mma
-from models.language import llama
+from models.language import decoder
 from models.pack import Pack
 from models.placement import fill
 from models.recompute import POLICIES, ActivationPolicy, Policy, check_policy, recomputed
-from models.vision import clip
+from models.vision import tower
 from models.vlm import Legacy, VisionLanguageModel, VLMConfig
+from tests.models.kept import Shape, kept_by, rows_kept
 from tests.models.tiny import gradients, packs_of, random_samples, tiny_config, tiny_model
 
 LAYERS, BLOCKS = 3, 6
@@ -29,7 +30,6 @@ MIXED = ActivationPolicy(
 )
 EVERY = [*(ActivationPolicy.uniform(policy, LAYERS, BLOCKS) for policy in POLICIES), MIXED]
 SEED = torch.tensor([5])
-Shape: TypeAlias = tuple[int, ...]
 Outputs: TypeAlias = tuple[Tensor, ...]
 CONFIGS = {
     "attn": tiny_config(dropout=0.5, drop_path=0.3),
@@ -92,21 +92,6 @@ def packed(config: VLMConfig) -> VisionLanguageModel:
     return model.eval()
 
 
-def kept_by(model: VisionLanguageModel, run: Callable[[], Outputs]) -> tuple[Outputs, Counter[Shape]]:
-    """What `run` gives, and the shapes of what it leaves for the backward pass: each storage once, no parameters."""
-    owned = {t.untyped_storage().data_ptr() for t in model.parameters()}
-    found: dict[int, Tensor] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        if x.untyped_storage().data_ptr() not in owned:
-            found.setdefault(x.untyped_storage().data_ptr(), x)  # held, so that no other takes its address
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        outputs = run()
-    return outputs, Counter(tuple(x.shape) for x in found.values())
-
-
 D, F = 32, 48  # of the language model
 P, W, M = 10, 24, 40  # of the tower: tokens of a tile, widths
 # x1, x2, q, k, v, o, gate, up and small vectors (performance.md 2.13); without gate and up; one stream
@@ -131,25 +116,22 @@ def test_what_a_layer_keeps_with_the_kernels_and_that_it_changes_no_bit(
     shape = replace(CONFIGS["block"].language, num_heads=1, num_kv_heads=1)
     model = packed(replace(CONFIGS["block"], language=shape))
     pack, generator = a_pack(), torch.Generator().manual_seed(2)
-    context: llama.Context | clip.Context
+    context: decoder.Context | tower.Context
     if part == "language":
         block, size = model.language.layers[1], (TOKENS, D)
         rope = model.language.rope_table(2 * TOKENS, torch.device("cpu"))
-        context = llama.Context(segments=pack.segments, router_rows=pack.modality_rows, rope=rope, seed=SEED)
+        context = decoder.Context(segments=pack.segments, router_rows=pack.modality_rows, rope=rope, seed=SEED)
     else:
         block, size = model.vision.layers[1], (P, W)
         bounds = torch.tensor([0, P], dtype=torch.int32)
-        context = clip.Context(cu_seqlens=bounds, num_tokens=P, router=None, seed=SEED)
+        context = tower.Context(cu_seqlens=bounds, num_tokens=P, router=None, seed=SEED)
     x, delta, *grads = (torch.randn(size, generator=generator, requires_grad=True) for _ in range(4))
     inputs = [x, delta, *(p for p in block.parameters() if p.requires_grad)]
     results: list[Outputs] = []
     for policy in POLICIES:
         block.policy = policy  # type: ignore[assignment]
         outputs, kept = kept_by(model, lambda: cast(Outputs, block(x, delta, context)))
-        rows = {
-            shape: count for shape, count in kept.items() if shape[:1] == size[:1] and torch.Size(shape)[1:].numel() > 8
-        }
-        assert rows == expected[policy], policy
+        assert rows_kept(kept, size[0]) == expected[policy], policy
         results.append((*outputs, *torch.autograd.grad(outputs, inputs, grads)))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.data.packing import Reduction, collate, first_of_micro_batch, token_weights
+from engine.data.packing import LAVIN, PackForm, Reduction, collate, first_of_micro_batch, form_of, token_weights
 from engine.data.planning import plan_packs
 from engine.data.sample import IGNORE, Sample
 from models.adapters.mma import AdapterConfig
+from models.adapters.names import is_adapter
 from models.language.llama import LlamaConfig
 from models.pack import Pack
 from models.placement import fill
+from models.projector import ProjectorConfig
 from models.recompute import ActivationPolicy
 from models.vision.clip import ClipConfig
 from models.vlm import Legacy, VisionLanguageModel, VLMConfig
@@ -35,7 +37,7 @@ def tiny_config(*, ffn_dim: int = 48, num_layers: int = 3, dropout: float = 0.1,
         ),
         vision=ClipConfig(width=24, num_layers=6, num_heads=3, patch_size=4, image_size=IMAGE_SIZE, mlp_dim=40),
         adapter=AdapterConfig(dim=8, scale=0.7, temperature=2.0, dropout=dropout),
-        projector_hidden=20,
+        projector=ProjectorConfig(hidden=20),
         **options,
     )
 
@@ -100,7 +102,7 @@ def packed_copy(
         model.use_activation_policy(ActivationPolicy.uniform("keep_input", *layers))
     model.start_trainable(0, cpu)
     for part in ("language", "vision"):
-        stream = ((n, p.data) for n, p in source.get_submodule(part).named_parameters() if "_adapter." not in n)
+        stream = ((n, p.data) for n, p in source.get_submodule(part).named_parameters() if not is_adapter(n))
         bits_of = partial(bits, part)
         fill(model.get_submodule(part), stream, bits=bits_of, device=cpu, dtype=torch.float32, source="test")
     for name, parameter in source.trainable().items():
@@ -127,15 +129,17 @@ def random_samples(layout: Sequence[tuple[int, bool]], seed: int = 0) -> tuple[l
 def packs_of(
     samples: Sequence[Sample], tiles: Sequence[Tensor | None], *, reduction: Reduction = "token", micro_batch: int = 1,
     tokens_per_batch: int = 128, plan: Sequence[Sequence[int]] | None = None, legacy_clip_router: bool = False,
+    form: PackForm = LAVIN,
 ) -> list[tuple[list[int], Pack]]:  # fmt: skip
     """A step's packs as the loader makes them, each with its samples' places in the step."""
     weights = token_weights(samples, reduction, micro_batch)
     packs = []
-    for members in plan or plan_packs([len(s.input_ids) for s in samples], tokens_per_batch):
+    lengths = [len(s.input_ids) for s in samples]
+    for members in plan or plan_packs(lengths, tokens_per_batch, modality=form.modality):
         routed_by, outside = first_of_micro_batch(members, micro_batch) if legacy_clip_router else (None, [])
         pack = collate(
             [samples[i] for i in members], [weights[i] for i in members], [tiles[i] for i in members],
-            routed_by=routed_by, outside=[tiles[i] for i in outside],
+            routed_by=routed_by, outside=[tiles[i] for i in outside], form=form,
         )  # fmt: skip
         packs.append((list(members), pack))
     return packs
@@ -149,9 +153,9 @@ def step_loss(
     samples, tiles = random_samples(layout)
     packs = packs_of(
         samples, tiles, reduction=reduction, micro_batch=MICRO_BATCH, plan=plan,
-        legacy_clip_router=model.config.legacy.clip_router,
+        legacy_clip_router=model.config.legacy.clip_router, form=form_of(model.config),
     )  # fmt: skip
-    device = model.modality_embedding.weight.device
+    device = next(model.parameters()).device
     return torch.stack([model(pack.to(device), seed) for _, pack in packs]).sum()
 
 

@@ -14,7 +14,7 @@ import sentencepiece
 from PIL import Image
 
 from engine.data.layout import Layout
-from engine.data.tokenizer import Tokenizer
+from engine.data.tokenizer import Tokenizer, open_tokenizer
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -42,7 +42,7 @@ def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_path: Path) -> Tokenizer:
-    return Tokenizer(tokenizer_path)
+    return open_tokenizer(tokenizer_path)
 
 
 @pytest.fixture(scope="session")
@@ -57,7 +57,7 @@ def llama_tokenizer() -> Tokenizer:
     folders = [*([Path(named)] if named else []), REPOSITORY.parent / "shared" / "data"]
     for folder in folders:
         if (folder / "llama" / "tokenizer.model").is_file():
-            return Tokenizer(folder / "llama" / "tokenizer.model")
+            return open_tokenizer(folder / "llama" / "tokenizer.model")
     pytest.skip(f"no llama/tokenizer.model under {' or '.join(map(str, folders))}; set NIBBLE_TOKENIZERS")
 
 

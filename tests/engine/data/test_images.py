@@ -12,8 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.data.images import MEAN, STD, TileReader, load_image, normalize
+from engine.data.image_processor import IMAGENET, ImageProcessor
+from engine.data.images import TileReader, load_image
 from engine.errors import DataError
+
+SMALL = ImageProcessor(size=8)
 
 
 def noise(height: int = 20, width: int = 31, channels: int = 3) -> np.ndarray:
@@ -31,11 +34,11 @@ def test_squashed_by_pil_on_bytes(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "image.xyz"  # the content decides, not the name
     path.write_bytes(encoded(kind, noise()))
     expected = np.asarray(Image.open(path).convert("RGB").resize((14, 14), Image.Resampling.BICUBIC))
-    loaded = load_image(str(path), 14)
+    loaded = load_image(str(path), ImageProcessor(size=14))
     assert loaded.dtype == torch.uint8 and loaded.shape == (3, 14, 14)
     assert np.array_equal(loaded.permute(1, 2, 0).numpy(), expected)
-    want = (expected.astype(np.float64) / 255 - np.array(MEAN)) / np.array(STD)
-    tile = TileReader(14).tile(str(path))
+    want = (expected.astype(np.float64) / 255 - np.array(IMAGENET[0])) / np.array(IMAGENET[1])
+    tile = TileReader(ImageProcessor(size=14)).tile(str(path))
     assert tile.dtype == torch.float32 and tile.shape == (3, 14, 14)
     assert np.allclose(tile.permute(1, 2, 0).numpy(), want, atol=1e-6)
 
@@ -46,7 +49,7 @@ def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
     Image.fromarray(noise()).convert("L" if mode == "I;16" else mode.replace("LA", "LA")).convert(mode).save(
         path, "JPEG" if mode == "CMYK" else "PNG"
     )
-    assert load_image(str(path), 8).shape == (3, 8, 8)
+    assert load_image(str(path), SMALL).shape == (3, 8, 8)
 
 
 def test_exif_orientation_is_not_applied(tmp_path: Path) -> None:
@@ -55,7 +58,7 @@ def test_exif_orientation_is_not_applied(tmp_path: Path) -> None:
     exif[0x0112] = 6
     image.save(tmp_path / "turned.png", exif=exif)
     image.save(tmp_path / "plain.png")
-    assert torch.equal(load_image(str(tmp_path / "turned.png"), 8), load_image(str(tmp_path / "plain.png"), 8))
+    assert torch.equal(load_image(str(tmp_path / "turned.png"), SMALL), load_image(str(tmp_path / "plain.png"), SMALL))
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -86,7 +89,7 @@ def test_a_broken_image_names_file_and_row(tmp_path: Path, name: str) -> None:
     path = tmp_path / "image.png"
     path.write_bytes(content)
     with pytest.raises(DataError) as caught:
-        load_image(str(path), 8, "my.json, row 12")
+        load_image(str(path), SMALL, "my.json, row 12")
     assert message in str(caught.value)
     assert caught.value.where == f"my.json, row 12: {path}"
 
@@ -95,7 +98,7 @@ def test_missing_folder_and_fifo(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     for name, message in (("none.png", "cannot be read"), (".", "not a regular"), ("fifo", "not a regular")):
         with pytest.raises(DataError, match=message):
-            load_image(str(tmp_path / name), 8)
+            load_image(str(tmp_path / name), SMALL)
 
 
 def test_a_file_too_large_is_not_opened(tmp_path: Path) -> None:
@@ -103,7 +106,7 @@ def test_a_file_too_large_is_not_opened(tmp_path: Path) -> None:
     with path.open("wb") as file:
         file.truncate(50_000_001)
     with pytest.raises(DataError, match="50000001 bytes, the limit is 50000000"):
-        load_image(str(path), 8)
+        load_image(str(path), SMALL)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
@@ -119,7 +122,7 @@ def test_damaged_files_give_a_tile_or_a_data_error(tmp_path: Path, kind: str) ->
             bad[place] = rng.integers(0, 256)
         path.write_bytes(bad[: rng.choice([len(bad), rng.integers(0, len(bad))])].tobytes())
         try:
-            assert load_image(str(path), 4).shape == (3, 4, 4)
+            assert load_image(str(path), ImageProcessor(size=4)).shape == (3, 4, 4)
         except DataError:
             failed += 1
     assert 100 < failed < 300
@@ -127,9 +130,9 @@ def test_damaged_files_give_a_tile_or_a_data_error(tmp_path: Path, kind: str) ->
 
 def test_cache_keeps_what_fits_and_nothing_else(tmp_path: Path, write_image: Callable[..., Path]) -> None:
     first, second = write_image(tmp_path / "a.png"), write_image(tmp_path / "b.png", (200, 0, 0))
-    reader = TileReader(8, cache_bytes=3 * 8 * 8)
+    reader = TileReader(SMALL, cache_bytes=3 * 8 * 8)
     a, b = reader.tile(str(first)), reader.tile(str(second))
-    assert torch.equal(a, normalize(load_image(str(first), 8))) and not torch.equal(a, b)
+    assert torch.equal(a, SMALL.normalize(load_image(str(first), SMALL))) and not torch.equal(a, b)
     first.unlink()
     second.unlink()
     assert torch.equal(reader.tile(str(first)), a)

@@ -71,7 +71,7 @@ def test_every_turn_is_supervised_up_to_its_own_end(layout: Layout, tokenizer: T
 
 def test_unknown_tokens_are_never_targets() -> None:
     class WithUnknown:
-        bos_id, eos_id = 1, 2
+        bos_id, eos_id, unk_id = 1, 2, 0
 
         def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
             return [1] * bos + [0 if c == "?" else ord(c) for c in text] + [2] * eos
@@ -98,6 +98,19 @@ def test_a_prompt_too_long_is_an_error_that_says_what_fits(tokenizer: Tokenizer)
 def test_no_room_for_text(tokenizer: Tokenizer) -> None:
     with pytest.raises(UsageError, match="max_seq_len 9 leaves no room") as caught:
         Layout(tokenizer, 9)
-    needed = int(caught.value.do.split()[3].rstrip(";"))
+    assert caught.value.do.startswith("--dataset.max_seq_len 512 (LaVIN's), or at least ")
+    needed = int(caught.value.do.split()[-1])
     sample = Layout(tokenizer, needed).pair("x", PROMPT, ANSWER, "/a.png")
     assert len(sample.input_ids) == sample.image_slots[-1] + 2 == needed - 1
+
+
+@pytest.mark.parametrize(("image_tokens", "proposed"), [(576, 2048), (729, 2048), (2928, 4096), (3699, 4096)])
+def test_a_length_for_images_of_many_tokens_is_proposed(tokenizer: Tokenizer, image_tokens: int, proposed: int) -> None:
+    """LLaVA's and Bunny's images, and anyres' with LaVIN's default of 512: what is proposed works."""
+    with pytest.raises(UsageError, match="max_seq_len 512") as caught:
+        Layout(tokenizer, image_tokens=image_tokens, modality=False)
+    assert caught.value.do.startswith(f"--dataset.max_seq_len {proposed} ") and str(image_tokens) in caught.value.why
+    assert len(Layout(tokenizer, proposed, image_tokens).pair("x", PROMPT, ANSWER, "/a.png").input_ids) > image_tokens
+    with pytest.raises(UsageError) as caught:
+        Layout(tokenizer, image_tokens=4000)
+    assert caught.value.do.startswith("--dataset.max_seq_len at least 40")

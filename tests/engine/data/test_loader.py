@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from engine.data.image_processor import ImageProcessor
 from engine.data.images import TileReader
 from engine.data.loader import StepLoader
 from engine.data.sample import IGNORE, Sample
@@ -47,7 +48,9 @@ class Numbers:
 
 def loader(dataset: Numbers, **changes: Any) -> StepLoader:
     options: dict[str, Any] = {"tokens_per_batch": 256, "reduction": "token", "micro_batch": 2}
-    return StepLoader(dataset, StepSampler(len(dataset), STEP, 0), TileReader(SIZE), **options | changes)
+    return StepLoader(
+        dataset, StepSampler(len(dataset), STEP, 0), TileReader(ImageProcessor(size=SIZE)), **options | changes
+    )
 
 
 def same(a: Any, b: Any) -> bool:
@@ -109,7 +112,7 @@ def test_legacy_router_is_the_first_sample_of_the_micro_batch(tmp_path: Path) ->
     data = Numbers(tmp_path)
 
     def grey(index: int) -> torch.Tensor:
-        return TileReader(SIZE).tile(str(tmp_path / f"{index}.png"))
+        return TileReader(ImageProcessor(size=SIZE)).tile(str(tmp_path / f"{index}.png"))
 
     routed_elsewhere = 0
     for step in range(5):

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.data.tokenizer import Tokenizer
-from engine.errors import DataError
+from engine.data.tokenizer import Tokenizer, open_tokenizer
+from engine.errors import CheckpointError, DataError
 
 
 def test_encode_adds_begin_and_end_only_when_asked(tokenizer: Tokenizer) -> None:
@@ -40,15 +40,15 @@ def test_a_file_that_is_no_model(tmp_path: Path, content: bytes, part: str) -> N
     path = tmp_path / "tokenizer.model"
     path.write_bytes(content)
     with pytest.raises(DataError) as caught:
-        Tokenizer(path)
+        open_tokenizer(path)
     assert part in str(caught.value) and str(path) in str(caught.value)
 
 
 def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
-    for path in (tmp_path / "nothing.model", tmp_path):
-        with pytest.raises(DataError, match="cannot be read") as caught:
-            Tokenizer(path)
-        assert str(path) in caught.value.where
+    for path in (tmp_path / "nothing.model", tmp_path / "nothing.json", tmp_path):
+        with pytest.raises(CheckpointError, match="no tokenizer found") as caught:
+            open_tokenizer(path)
+        assert str(path) in caught.value.where and "--model.tokenizer" in caught.value.do
 
 
 def test_wrong_tokenizer_names_both_sizes(tokenizer: Tokenizer) -> None:
@@ -62,3 +62,53 @@ def test_a_lone_surrogate_and_an_unknown_id(tokenizer: Tokenizer) -> None:
         tokenizer.encode("abc\ud800")
     with pytest.raises(ValueError, match="token id 400 is outside"):
         tokenizer.decode([5, 400])
+
+
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions."
+)
+GOLDEN = [
+    [1, 319, 13563, 1546, 263, 12758, 1404, 322, 385, 23116, 21082, 20255, 29889, 450, 20255, 4076, 8444, 29892, 13173,
+     29892, 322, 1248, 568, 6089, 304, 278, 1404, 29915, 29879, 5155, 29889, 3148, 1001, 29901, 29871],
+    [29871, 13, 5618, 338, 445, 29973, 319, 1799, 9047, 13566, 29901, 319, 6635, 29889, 2, 11889, 29901, 3750, 29973,
+     319, 1799, 9047, 13566, 29901, 7311, 29889, 2],
+]  # fmt: skip
+
+
+def test_vicunas_template_has_llavas_ids(llama_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """The two chunks of a conversation around its image, as Vicuna v1.5's tokenizer_config.json asks for."""
+    (tmp_path / "tokenizer.model").write_bytes(Path(llama_tokenizer.path).read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text('{"legacy": false, "pad_token": "<unk>"}')
+    tokenizer = open_tokenizer(tmp_path)
+    chunks = [f"{SYSTEM} USER: ", "\nWhat is this? ASSISTANT: A cat.</s>USER: Why? ASSISTANT: Because.</s>"]
+    found = [tokenizer.encode_template(chunk, bos=n == 0) for n, chunk in enumerate(chunks)]
+    assert found == GOLDEN and tokenizer.pad_id == 0
+    assert llama_tokenizer.encode_template(chunks[1])[14:18] == [2, 3148, 1001, 29901]  # as LLaMA-1 was trained
+
+
+def test_special_names_are_tokens_in_templates_only(tokenizer: Tokenizer) -> None:
+    begin, end = tokenizer.bos_id, tokenizer.eos_id
+    assert tokenizer.encode_template("<s>Question</s>") == [begin, *tokenizer.encode("Question"), end]
+    assert tokenizer.encode_template("") == [] and tokenizer.encode_template("</s>") == [end]
+    assert end not in tokenizer.encode("Question</s>")
+    assert (tokenizer.id_of("</s>"), tokenizer.id_of("no such piece")) == (end, None)
+
+
+def test_white_space_behind_a_special_token(tokenizer_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer_path.read_bytes())
+    old = open_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"legacy": false}')
+    new = open_tokenizer(tmp_path)
+    assert old.encode_template("a</s>Maps") == [*old.encode("a"), old.eos_id, *old.encode("Maps")]
+    assert new.encode_template("a</s> Maps") == old.encode_template("a</s>Maps") != new.encode_template("a</s>Maps")
+    assert new.encode(" Maps") == old.encode(" Maps")
+    with pytest.raises(DataError, match="no piece '<pad>'"):
+        open_tokenizer(tmp_path, pad="<pad>")
+
+
+def test_tiktokens_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
+    with pytest.raises(DataError, match="tiktoken's list") as caught:
+        open_tokenizer(tmp_path)
+    assert "tokenizer.json" in caught.value.do

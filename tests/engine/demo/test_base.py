@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.data.tokenizer import Tokenizer
+from engine.data.tokenizer import open_tokenizer
 from engine.demo import base, cache
 from engine.errors import DataError
-from models.weights.clip import open_vision
 from models.weights.language import open_language
+from models.weights.towers import open_vision
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def test_it_is_at_most_a_megabyte() -> None:
 def test_it_is_read_like_real_weights(unpacked: Path) -> None:
     language, vision = open_language(unpacked), open_vision(unpacked / "tower")
     assert language.config == base.LANGUAGE and vision.config == base.VISION
-    tokenizer = Tokenizer(unpacked / "tokenizer.model")
+    tokenizer = open_tokenizer(unpacked / "tokenizer.model")
     tokenizer.require_vocab(language.config.vocab_size)
     assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
     assert tokenizer.decode(tokenizer.encode("The answer is A. \u00e4\n")) == "The answer is A. \u00e4\n"

@@ -10,7 +10,7 @@ import pytest
 
 from engine.data.layout import Layout
 from engine.data.scienceqa import ScienceQA
-from engine.data.tokenizer import Tokenizer
+from engine.data.tokenizer import open_tokenizer
 from engine.demo.lessons import base_lessons
 from engine.demo.problems import drafts, write_demo_data
 from tests.world import make_tokenizer
@@ -27,7 +27,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_engine_reads_them_as_scienceqa(data: Path, tmp_path: Path) -> None:
     make_tokenizer(tmp_path / "tokenizer.model")
-    layout = Layout(Tokenizer(tmp_path / "tokenizer.model"))
+    layout = Layout(open_tokenizer(tmp_path / "tokenizer.model"))
     for split, count in (("train", 260), ("val", 26), ("test", 130), ("trainval", 286), ("minitest", 13)):
         found = ScienceQA(data, split, layout, use_caption=True)
         assert len(found) == count

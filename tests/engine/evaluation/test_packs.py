@@ -13,14 +13,18 @@ from engine.config import Config
 from engine.data.planning import most_tiles
 from engine.data.sample import Sample
 from engine.data.scienceqa import ScienceQA
-from engine.data.tokenizer import Tokenizer
+from engine.data.tokenizer import open_tokenizer
 from engine.demo.cache import demo_base, demo_data
 from engine.distributed import Ranks
 from engine.evaluation.letters import predict
 from engine.evaluation.validation import validation_loss
+from models.language.llama import LlamaConfig
 from models.pack import Pack
+from models.vision.clip import ClipConfig
+from models.vlm import VLMConfig
 
 CPU, TOKENS, COUNT = torch.device("cpu"), 512, 24
+LAVIN = VLMConfig(language=LlamaConfig(), vision=ClipConfig())
 
 
 class Seen(nn.Module):
@@ -29,6 +33,7 @@ class Seen(nn.Module):
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
         self.vocabulary = vocabulary
+        self.config = LAVIN
         self.tiles: list[int] = []
 
     def hidden(self, pack: Pack) -> Tensor:
@@ -73,8 +78,8 @@ def test_validation() -> None:
 
 
 def test_scoring() -> None:
-    tokenizer = Tokenizer(demo_base() / "tokenizer.model")
-    problems = ScienceQA(demo_data(), "test", layout_of(Config(), tokenizer))
+    tokenizer = open_tokenizer(demo_base() / "tokenizer.model")
+    problems = ScienceQA(demo_data(), "test", layout_of(Config(), tokenizer, LAVIN))
     shown = [i for i, problem in enumerate(problems.problems) if problem["image"]][:COUNT]
     model = Seen(tokenizer.vocab_size)
     predict(cast(Any, model), problems, Pictures().tile, tokens_per_batch=TOKENS, device=CPU, indices=shown)

@@ -14,7 +14,7 @@ from engine.config import EvalConfig, Legacy, Runtime
 from engine.data.layout import Layout
 from engine.data.sample import Sample
 from engine.data.scienceqa import ScienceQA
-from engine.data.tokenizer import Tokenizer
+from engine.data.tokenizer import Tokenizer, open_tokenizer
 from engine.evaluation import scienceqa
 from engine.evaluation.scienceqa import Answer
 from tests.world import make_scienceqa, make_tokenizer
@@ -48,7 +48,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> ScienceQA:
     root = tmp_path_factory.mktemp("scienceqa")
     make_scienceqa(root)
     make_tokenizer(root / "tokenizer.model")
-    return ScienceQA(root, "test", Layout(Tokenizer(root / "tokenizer.model"), max_seq_len=512, image_tokens=6))
+    return ScienceQA(root, "test", Layout(open_tokenizer(root / "tokenizer.model"), max_seq_len=512, image_tokens=6))
 
 
 Written = tuple[list[Answer], Writer]

@@ -26,9 +26,9 @@ from engine.build import Sources, build_model
 from engine.config import Config, Model
 from engine.demo.cache import demo_base
 from engine.loading.cache import cache_of
-from models.weights.clip import open_vision
 from models.weights.host_memory import trim_heap
 from models.weights.language import open_language
+from models.weights.towers import open_vision
 
 SECONDS = 0.002
 
@@ -66,7 +66,7 @@ def load(folder: str | Path) -> tuple[nn.Module, bool]:
     """The language model in 4 bits, head too, with the demo's small tower; and whether the cache knew it."""
     config = Config(bits_head="4bit", model=Model(language=str(folder)))
     sources = Sources(open_language(folder), open_vision(demo_base() / "tower"), cast(Any, None))
-    cache = cache_of(config, sources.files, len(sources.language.files), torch.bfloat16)
+    cache = cache_of(config, sources.language, sources.vision, torch.bfloat16)
     cached = cache is not None and cache.folder.is_dir()
     return build_model(config, sources, device=torch.device("cpu"), dtype=torch.bfloat16), cached
 

@@ -31,8 +31,8 @@ from kernels.nf4 import quantize_nf4
 from models.quantized import parts
 from models.vlm import VisionLanguageModel
 from models.weights import archive
-from models.weights.clip import open_vision
 from models.weights.language import open_language
+from models.weights.towers import open_vision
 from tests.world import TOWER, language_config
 
 CPU = torch.device("cpu")
@@ -333,12 +333,12 @@ def test_a_cache_that_goes_while_it_is_opened_is_no_error(
 
 
 def test_another_rule_of_quantizing_needs_another_format() -> None:
-    """What these values become, in FORMAT 1. Whoever changes the rule, or the layout of the parts, also changes FORMAT:
-    caches of the older rule would be read on. All sums are exact, so they are the same in every order."""
+    """What these values become, since FORMAT 1. Whoever changes the rule, or the layout of the parts, also changes
+    FORMAT: caches of the older rule would be read on. All sums are exact, so they are the same in every order."""
     i = torch.arange(128 * 129)
     weight = (((i * 7919) % 1009 - 504) * (1 + (i // 64) % 7)).div(4096).view(128, 129).half()
     found = [{part: _crc(t) for part, t in parts(q).items()} for q in (quantize_nf4(weight), quantize_int8(weight))]
-    assert (FORMAT, found) == (1, [
+    assert (FORMAT, found) == (2, [
         {"codes": 1226211407, "absmax_codes": 2555938530, "absmax2": 3677950420, "offset": 1300223025},
         {"codes": 2531155106, "scale": 1808423479},
     ])  # fmt: skip

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.language.llama import LlamaConfig
-from models.weights import hf_llama, meta
+from models.weights import meta
+from models.weights.families import llama
 from models.weights.names import language_shapes
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -48,7 +49,7 @@ def write_meta(folder: Path, config: LlamaConfig) -> None:
     (folder / "params.json").write_text(json.dumps(params))
     shards: tuple[Tensors, Tensors] = ({}, {})
     for name, tensor in tensors(config):
-        axis = meta._split_axis(name)
+        axis = None if name.endswith(meta.WHOLE) else int(name.endswith(("embed.weight", *meta.SPLIT_COLUMNS)))
         halves = (tensor, tensor) if axis is None else tensor.chunk(2, dim=axis)
         for shard, half in zip(shards, halves, strict=True):
             shard[meta.NAMES.of(name)] = half.clone()
@@ -66,7 +67,7 @@ def write_hf(folder: Path, config: LlamaConfig, kind: str) -> int:
     (folder / "config.json").write_text(json.dumps(settings))
     stem, end = ("model", "safetensors") if kind == "safetensors" else ("pytorch_model", "bin")
     weight_map: dict[str, str] = {}
-    renamed = {hf_llama.NAMES.of(name): tensor.contiguous() for name, tensor in tensors(config)}
+    renamed = {llama.NAMES.of(name): tensor.contiguous() for name, tensor in tensors(config)}
     for i, shard in enumerate(two_shards(renamed)):
         file = f"{stem}-0000{i + 1}-of-00002.{end}"
         weight_map |= dict.fromkeys(shard, file)

@@ -38,20 +38,21 @@ def real_model(config: VLMConfig, bits: Bits) -> VisionLanguageModel:
 
 
 def real_pack(config: VLMConfig, tiles: int) -> Pack:
-    """A pack of SHAPE, with `tiles` images."""
-    size, tokens, rows = config.vision.image_size, SHAPE.tokens, SHAPE.supervised
+    """A pack of SHAPE, with `tiles` images; without modality tokens these are two samples of a token more."""
+    size, tokens, rows = config.vision.picture_size, SHAPE.tokens, SHAPE.supervised
     bounds = torch.tensor([0, *accumulate(LENGTHS)], dtype=torch.int32)
     positions = torch.cat([torch.arange(length) for length in LENGTHS]).int()
+    slots = tiles * config.tokens_per_tile
     return Pack(
         input_ids=torch.arange(tokens) % 50,
         segments=Segments(
             cu_seqlens=bounds, max_seqlen=SHAPE.longest, position_ids=positions,
             router_row=(torch.arange(tokens) % 2).int(),
         ),
-        modality_rows=torch.arange(2),
+        modality_rows=torch.arange(2 if config.has_modality_token else 0),
         tiles=torch.randn(tiles, 3, size, size) if tiles else None,
         tile_router=torch.arange(tiles),
-        image_slots=4 + torch.arange(6 * tiles),
+        image_slots=4 + torch.arange(slots),
         supervised=4 + torch.arange(rows),
         labels=torch.arange(rows) % 50,
         weights=torch.full((rows,), 1 / rows),

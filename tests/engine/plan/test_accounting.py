@@ -12,12 +12,18 @@ import torch
 
 from engine.plan.accounting import Costs, costs
 from engine.plan.memory_budget import HOST, _stages
-from engine.plan.meta_model import TOWER_BLOCKS, Bits
+from engine.plan.meta_model import TAPPED_BLOCKS, Bits
 from kernels import unpacked
 from kernels.dispatch import set_backend
+from models.adapters.lora import LoRAConfig
 from models.language.llama import LlamaConfig
+from models.language.phi import PhiConfig
+from models.language.stablelm import StableLMConfig
+from models.projector import ProjectorConfig
 from models.recompute import POLICIES, ActivationPolicy, Policy
 from models.vision.clip import ClipConfig
+from models.vision.eva import EvaConfig
+from models.vision.siglip import SiglipConfig
 from models.vlm import VLMConfig
 from tests.engine.plan.counted_run import (
     SHAPE,
@@ -33,8 +39,10 @@ LAYERS, BLOCKS = 4, 6
 CONFIG = VLMConfig(
     language=LlamaConfig(vocab_size=96, dim=32, num_layers=LAYERS, num_heads=2, num_kv_heads=2, ffn_dim=64),
     vision=ClipConfig(width=16, num_layers=BLOCKS, num_heads=1, patch_size=4, image_size=8, mlp_dim=32),
-    projector_hidden=16,
+    projector=ProjectorConfig(hidden=16),
 )
+# so small that a tower's peak is the highest
+SMALL = LlamaConfig(vocab_size=96, dim=16, num_layers=2, num_heads=1, num_kv_heads=1, ffn_dim=16)
 needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="counts on the CPU")
 
 
@@ -102,6 +110,58 @@ def test_other_placements(options: dict[str, Any]) -> None:
     assert peaks(config, Bits(), 2, UNIFORM) == [predicted.peak(policy) for policy in UNIFORM]
 
 
+LORA = LoRAConfig(rank=4, alpha=8.0, dropout=0.05)
+PATCHES = {"patch_size": 4, "image_size": 12, "mlp_dim": 32, "num_layers": BLOCKS + 1, "num_heads": 1}  # 9 of them
+OTHERS = {
+    "Phi and SigLIP, LoRA": VLMConfig(
+        language=PhiConfig(vocab_size=96, dim=32, num_layers=LAYERS, num_heads=2, num_kv_heads=2, ffn_dim=64,
+                           rotary_dim=8, residual_dropout=0.1),
+        vision=SiglipConfig(width=16, **PATCHES), projector=ProjectorConfig(kind="mlp2x_gelu"), lora=LORA,
+        train_language="lora", train_vision="frozen",
+    ),
+    "LLaMA and CLIP patches, projector": VLMConfig(
+        language=CONFIG.language, vision=ClipConfig(width=16, select_feature="patch", **PATCHES),
+        projector=ProjectorConfig(kind="linear"), train_language="frozen", train_vision="frozen",
+    ),
+    "StableLM and EVA, LoRA in both": VLMConfig(
+        language=StableLMConfig(vocab_size=96, dim=32, num_layers=LAYERS, num_heads=2, num_kv_heads=2, ffn_dim=64,
+                                rotary_dim=8),
+        vision=EvaConfig(width=16, **PATCHES), projector=ProjectorConfig(kind="mlp2x_gelu"), lora=LORA,
+        vision_lora=LORA, train_language="lora", train_vision="lora",
+    ),
+}  # fmt: skip
+
+
+@needs_interpreter
+@pytest.mark.parametrize(("width", "tiles"), [(16, 2), (4, 2), (16, 0)])
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.usefixtures("kernels")
+def test_other_models(name: str, width: int, tiles: int) -> None:
+    config, bits = OTHERS[name], Bits(width, 16, width)
+    predicted = counted(config, bits, tiles)
+    assert config.vision.layers_run == BLOCKS
+    assert peaks(config, bits, tiles, UNIFORM) == [predicted.peak(policy) for policy in UNIFORM]
+
+
+@needs_interpreter
+@pytest.mark.usefixtures("kernels")
+def test_a_tower_that_sees_two_sizes() -> None:
+    base = OTHERS["Phi and SigLIP, LoRA"]
+    config = replace(base, vision=replace(base.vision, scales=(12, 24)), train_vision="lora", vision_lora=LORA)
+    predicted = counted(config, Bits(), 2)
+    assert peaks(config, Bits(), 2, UNIFORM) == [predicted.peak(policy) for policy in UNIFORM]
+
+
+@needs_interpreter
+@pytest.mark.usefixtures("kernels")
+def test_a_tower_with_lora_whose_peak_is_the_highest() -> None:
+    config = replace(OTHERS["StableLM and EVA, LoRA in both"], language=SMALL)
+    config = replace(config, vision=replace(config.vision, width=64, mlp_dim=256, num_layers=10, image_size=8))
+    policies = [ActivationPolicy.uniform(policy, 2, 9) for policy in POLICIES]
+    predicted = counted(config, Bits(), 4)
+    assert peaks(config, Bits(), 4, policies) == [predicted.peak(policy) for policy in policies]
+
+
 @needs_interpreter
 @pytest.mark.usefixtures("kernels")
 def test_the_adapter_without_a_router() -> None:
@@ -118,8 +178,7 @@ def mixed(config: VLMConfig, number: int) -> list[ActivationPolicy]:
     return [ActivationPolicy(*(tuple(rng.choices(POLICIES, k=size)) for size in sizes)) for _ in range(number)]
 
 
-# A language model so small that the tower's peak is the highest, and blocks between its taps.
-SMALL = LlamaConfig(vocab_size=96, dim=16, num_layers=2, num_heads=1, num_kv_heads=1, ffn_dim=16)
+# The language model is so small that the tower's peak is the highest, and there are blocks between its taps.
 TOWER = replace(CONFIG, language=SMALL, vision=replace(CONFIG.vision, width=64, mlp_dim=256, num_layers=14))
 
 
@@ -145,7 +204,7 @@ def test_the_peak_of_a_deep_tower_is_what_the_allocator_saw(train: Literal["mma"
     config = replace(TOWER, train_vision=train)
     policies = [ActivationPolicy.uniform(policy, 2, 14) for policy in POLICIES] + mixed(config, 3)
     predicted = counted(config, Bits(), 4)
-    assert config.vision.num_layers > TOWER_BLOCKS
+    assert config.vision.num_layers > TAPPED_BLOCKS
     assert peaks(config, Bits(), 4, policies) == [predicted.peak(policy) for policy in policies]
     lean = ("keep_input",) * 14
     either = {predicted.peak(ActivationPolicy((policy,) * 2, lean)) for policy in POLICIES}

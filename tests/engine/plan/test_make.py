@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.build import build_model, open_sources
+from engine.build import build_model
 from engine.flags import parse_train
 from engine.plan.accounting import costs
 from engine.plan.cards import CARDS, card_named
@@ -21,6 +21,7 @@ from engine.plan.make import Plan, make_plan, plan_text, plan_without_weights
 from engine.plan.memory_budget import RESERVE, largest_pack
 from engine.plan.meta_model import Bits
 from engine.plan.speed import predicted
+from engine.sources import open_sources
 from models.language.llama import LLAMA_7B, LLAMA_13B
 from models.recompute import ActivationPolicy
 from models.vision.clip import ClipConfig
@@ -184,10 +185,9 @@ def test_the_text() -> None:
     ids=["7B", "13B"],
 )
 def test_the_roofline_is_that_of_the_anchors(language: Any, anchors: dict[str, float]) -> None:
-    shape = largest_pack(parse_train([])[0])
-    counted = costs(
-        VLMConfig(language=language, vision=ClipConfig()), Bits(), shape, torch.bfloat16, CARDS[-1].capability
-    )
+    model = VLMConfig(language=language, vision=ClipConfig())
+    shape = largest_pack(parse_train([])[0], model)
+    counted = costs(model, Bits(), shape, torch.bfloat16, CARDS[-1].capability)
     policy = ActivationPolicy.uniform("save_all", language.num_layers, 24)
     for name, anchor in anchors.items():
         card = next(card for card in CARDS if card.name == name)

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from engine.config import Config
+from engine.config import Config, longest_sample
 from engine.data.packing import plan_packs
 from engine.data.padding import padded_segments
 from engine.data.planning import MODALITY_ROWS, round_up
@@ -25,14 +25,17 @@ from engine.plan.memory_budget import (
 )
 from engine.plan.unpacked_memory import asked_for, least_scratch, share_of
 from engine.plan.verdict import Planner
+from models.language.llama import LLAMA_7B
 from models.recompute import ActivationPolicy
-from models.vlm import VisionLanguageModel
+from models.vision.clip import ClipConfig
+from models.vlm import VisionLanguageModel, VLMConfig
 from tests.models.tiny import tiny_config, tiny_model
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 GIB = 2**30
 H200 = CARDS[-1]
 FP32 = torch.float32
+LAVIN_7B = VLMConfig(language=LLAMA_7B, vision=ClipConfig())
 
 
 def a_config(bits: str = "16bit", **top: str | bool) -> Config:
@@ -152,7 +155,7 @@ def test_what_is_asked_for_copies_is_not_there_for_activations(model: VisionLang
 def test_the_largest_pack(asked: int, longest: int, samples: int, tokens: int, tiles: int, segments: int) -> None:
     config = Config()
     config.runtime.tokens_per_batch, config.dataset.max_seq_len, config.optim.batch_size = asked, longest, samples
-    pack = largest_pack(config)
+    pack = largest_pack(config, LAVIN_7B)
     assert (pack.supervised, pack.longest) == (pack.tokens, longest)
     assert (pack.tokens, pack.tiles, pack.segments) == (tokens, tiles, segments)
 
@@ -160,22 +163,22 @@ def test_the_largest_pack(asked: int, longest: int, samples: int, tokens: int, t
 def test_lavins_chat_data_are_as_long_as_it_cuts_them() -> None:
     config = Config()
     config.dataset.max_seq_len, config.runtime.tokens_per_batch, config.legacy.chat_length = 128, 128, True
-    assert largest_pack(config).tokens == 256
+    assert largest_pack(config, LAVIN_7B).tokens == 256
     config.dataset.format = "chat"
-    assert (largest_pack(config).tokens, largest_pack(config).longest) == (640, 512)
+    assert (largest_pack(config, LAVIN_7B).tokens, largest_pack(config, LAVIN_7B).longest) == (640, 512)
 
 
 @pytest.mark.parametrize("asked", [300, 512, 1000, 4096, 10**5])
 def test_no_pack_of_a_step_is_larger(asked: int) -> None:
     config = Config()
     config.runtime.tokens_per_batch = asked
-    samples = config.optim.samples_per_step(1)
-    for length in (config.dataset.max_seq_len - 1, 60, 200):
+    samples, largest = config.optim.samples_per_step(1), largest_pack(config, LAVIN_7B)
+    for length in (longest_sample(config) - 1, 60, 200):
         packs = plan_packs([length] * samples, asked, tiles=[1] * samples)
-        assert max(round_up(MODALITY_ROWS + length * len(pack)) for pack in packs) <= largest_pack(config).tokens
-        assert max(map(len, packs)) <= largest_pack(config).tiles
+        assert max(round_up(MODALITY_ROWS + length * len(pack)) for pack in packs) <= largest.tokens
+        assert max(map(len, packs)) <= largest.tiles
     packs = plan_packs([12] * samples, asked)
-    assert padded_segments(MODALITY_ROWS + max(map(len, packs)) + 1) <= largest_pack(config).segments
+    assert padded_segments(MODALITY_ROWS + max(map(len, packs)) + 1) <= largest.segments
 
 
 def test_a_gpu_gives_what_is_free_and_no_more_than_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

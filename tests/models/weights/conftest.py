@@ -16,7 +16,7 @@ Tensors = dict[str, Tensor]
 
 @pytest.fixture
 def language() -> Tensors:
-    """A LLaMA under our names: fp16, q and k interleaved."""
+    """A LLaMA under our names: fp16; q and k in whatever order the file has them."""
     generator = torch.Generator().manual_seed(0)
 
     def make(*shape: int) -> Tensor:
@@ -101,14 +101,24 @@ def half_split() -> Callable[[Tensor], Tensor]:
 
 
 @pytest.fixture
-def hf_tensors(half_split: Callable[[Tensor], Tensor]) -> Callable[[Tensors], Tensors]:
+def hf_order(half_split: Callable[[Tensor], Tensor]) -> Callable[[Tensors], Tensors]:
+    """Our tensors with q and k in Hugging Face's order, which stays when its files are read."""
+
+    def reorder(tensors: Tensors) -> Tensors:
+        rotated = ("attention.q.weight", "attention.k.weight")
+        return {name: half_split(tensor) if name.endswith(rotated) else tensor for name, tensor in tensors.items()}
+
+    return reorder
+
+
+@pytest.fixture
+def hf_tensors() -> Callable[[Tensors], Tensors]:
     def rename(tensors: Tensors) -> Tensors:
         out = {}
         for name, tensor in tensors.items():
             layer, module = split_name(name)
             prefix = f"model.{layer}" if layer else ""
-            rotated = module in ("attention.q", "attention.k")
-            out[f"{prefix}{HF[module]}.weight"] = half_split(tensor) if rotated else tensor.clone()
+            out[f"{prefix}{HF[module]}.weight"] = tensor.clone()
         return out | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(DIM // HEADS // 2)}
 
     return rename

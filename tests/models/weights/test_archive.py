@@ -115,7 +115,7 @@ def test_a_truncated_file_is_named(tmp_path: Path, name: str, keep: float) -> No
     with pytest.raises(WeightsError, match=r"damaged|empty") as caught:
         open_archive(path)
     assert caught.value.file == str(path)
-    assert "get the file again" in str(caught.value)
+    assert "download or copy the file again" in str(caught.value)
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from models.language.llama import LlamaConfig
 from models.weights.errors import WeightsError
-from models.weights.hf_llama import to_interleaved
 from models.weights.language import open_language
+from models.weights.rope_order import to_half_split, to_interleaved
 
 transformers = pytest.importorskip("transformers")
 
@@ -33,6 +33,14 @@ def test_the_inverse_of_an_independent_reordering(half_split: Callable[[Tensor],
     weight = torch.arange(32 * 3.0).reshape(32, 3)
     assert not torch.equal(half_split(weight), weight)
     assert torch.equal(to_interleaved(half_split(weight), 8), weight)
+    assert torch.equal(to_half_split(weight, 8), half_split(weight))
+
+
+def test_channels_that_do_not_turn_stay() -> None:
+    weight = torch.arange(16.0)[:, None]  # two heads of 8, of which 4 turn
+    moved = to_interleaved(weight, 8, 4)
+    assert moved.flatten().tolist() == [0, 2, 1, 3, 4, 5, 6, 7, 8, 10, 9, 11, 12, 13, 14, 15]
+    assert torch.equal(to_half_split(moved, 8, 4), weight)
 
 
 def test_scores_with_interleaved_rope_are_those_of_transformers() -> None:
@@ -64,8 +72,9 @@ def test_a_folder_that_transformers_wrote(
     model.save_pretrained(tmp_path, max_shard_size=shard_size)
     source = open_language(tmp_path)
     assert source.config == LlamaConfig(
-        vocab_size=24, dim=32, num_layers=2, num_heads=4, num_kv_heads=4, ffn_dim=48, norm_eps=1e-5
-    )
+        vocab_size=24, dim=32, num_layers=2, num_heads=4, num_kv_heads=4, ffn_dim=48, norm_eps=1e-5,
+        rope_interleaved=False,
+    )  # fmt: skip
     assert (len(source.files) > 2) == (shard_size == "10KB")
     back = hf_tensors(dict(source.stream()))
     state = model.state_dict()
@@ -88,7 +97,7 @@ def test_grouped_queries(tmp_path: Path) -> None:
     source = open_language(tmp_path)
     assert source.config.num_kv_heads == 2
     weight = model.state_dict()["model.layers.1.self_attn.k_proj.weight"]
-    assert torch.equal(source.fetch("layers.1.attention.k.weight")[1], weight[4])  # channel 1 is the 4th of the head
+    assert torch.equal(source.fetch("layers.1.attention.k.weight"), weight)
 
 
 def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
@@ -116,13 +125,14 @@ def test_every_spelling_of_the_rotation(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"model_type": "mistral"}, "model_type is 'mistral'"),
+        ({"model_type": "mistral"}, "model_type is 'mistral'; supported are .*bunny-llama, .*llama, .*phi3, stablelm"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"attention_bias": True}, "attention_bias True"),
+        ({"attention_bias": 1}, "attention_bias is 1; expected true or false"),
+        ({"rms_norm_eps": None}, "rms_norm_eps is None"),
         ({"head_dim": 16}, "head_dim 16"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "type 'linear'"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "rope_type 'llama3'"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quant_method 'gptq' .*'bitsandbytes'"),
         ({"num_attention_heads": 3}, "do not divide"),
         ({"num_key_value_heads": 8}, "num_key_value_heads is 8"),
         ({"hidden_size": 10**12}, "hidden_size is 1000000000000"),
@@ -149,10 +159,40 @@ def test_every_difference_is_listed(tmp_path: Path) -> None:
     assert caught.value.mismatched == ["model.norm.weight: got 31, expected 32"]
 
 
+@pytest.mark.parametrize("rows", [20, 31])
+def test_a_vocabulary_that_was_shrunk_or_enlarged_is_that_of_the_embedding(
+    tmp_path: Path, language: Tensors, write_hf: Write, assert_same: Callable[..., None], rows: int
+) -> None:
+    resized = language | {name: torch.ones(rows, 32) for name in ("embed.weight", "head.weight")}
+    source = open_language(write_hf(tmp_path, resized))  # config.json says 24
+    assert source.config.vocab_size == rows
+    assert_same(source.stream(), resized)
+
+
+def test_embedding_and_head_of_different_vocabularies(tmp_path: Path, language: Tensors, write_hf: Write) -> None:
+    with pytest.raises(WeightsError) as caught:
+        open_language(write_hf(tmp_path, language | {"embed.weight": torch.ones(20, 32)}))
+    assert caught.value.mismatched == ["lm_head.weight: got 24x32, expected 20x32"]
+
+
+def test_biases_of_attention_and_mlp(tmp_path: Path) -> None:
+    model = tiny(attention_bias=True, mlp_bias=True)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path)
+    source = open_language(tmp_path)
+    assert (source.config.qkv_bias, source.config.o_bias, source.config.mlp_bias) == (True, True, True)
+    state, ours = model.state_dict(), dict(source.stream())
+    assert len(ours) == len(state)
+    assert torch.equal(ours["layers.1.attention.o.bias"], state["model.layers.1.self_attn.o_proj.bias"])
+    assert torch.equal(ours["layers.0.mlp.down.bias"], state["model.layers.0.mlp.down_proj.bias"])
+
+
 def test_a_shard_that_is_not_there(tmp_path: Path, language: Tensors, write_hf: Write) -> None:
     (write_hf(tmp_path, language) / "pytorch_model-00002-of-00002.bin").unlink()
-    with pytest.raises(WeightsError, match="1 of 2 shards are not there: pytorch_model-00002"):
+    with pytest.raises(WeightsError, match="1 of 2 shards are not there") as caught:
         open_language(tmp_path)
+    assert caught.value.missing == ["pytorch_model-00002-of-00002.bin"] and caught.value.do
 
 
 def test_an_index_may_not_leave_its_folder(tmp_path: Path, language: Tensors, write_hf: Write) -> None:
@@ -160,6 +200,30 @@ def test_an_index_may_not_leave_its_folder(tmp_path: Path, language: Tensors, wr
     (write_hf(tmp_path, language) / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     with pytest.raises(WeightsError, match="stands beside its index"):
         open_language(tmp_path)
+
+
+def test_a_shard_that_was_not_copied_to_its_end(tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path, max_shard_size="10KB")
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(WeightsError, match="damaged or was not copied to its end") as caught:
+        open_language(tmp_path)
+    assert caught.value.file == str(shard)
+
+
+@pytest.mark.parametrize("where", ["one shard", "none"])
+def test_an_index_that_lies(tmp_path: Path, where: str) -> None:
+    tiny().save_pretrained(tmp_path, max_shard_size="10KB")
+    path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    shards = sorted(set(index["weight_map"].values()))
+    index["weight_map"]["model.norm.weight" if where == "one shard" else "model.extra.weight"] = shards[0]
+    assert json.loads(path.read_text()) != index
+    path.write_text(json.dumps(index))
+    with pytest.raises(WeightsError, match="the index and the shards do not agree") as caught:
+        open_language(tmp_path)
+    listed = caught.value.mismatched if where == "one shard" else caught.value.missing
+    assert len(listed) == 1 and listed[0].startswith("model.norm" if where == "one shard" else "model.extra")
 
 
 def test_settings_without_weights(tmp_path: Path, language: Tensors, write_hf: Write) -> None:

@@ -61,3 +61,15 @@ def test_a_file_that_is_gone(files: list[Path]) -> None:
     files[2].unlink()
     with pytest.raises(WeightsError, match="No such file"):
         check_identity(recorded, files)
+
+
+def test_a_snapshot_of_the_hub_is_the_same_as_a_copy(tmp_path: Path, files: list[Path]) -> None:
+    """Its files are links to blobs that are named by their hashes."""
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "0123"
+    (tmp_path / "models--org--name" / "blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    shutil.copyfile(files[0], tmp_path / "models--org--name" / "blobs" / "ab12")
+    (snapshot / "config.json").symlink_to("../../blobs/ab12")
+    recorded = identity([files[0]])
+    check_identity(recorded, [snapshot / "config.json"])
+    assert str(identity([snapshot / "config.json"])["files"][0]["path"]) == str(snapshot / "config.json")

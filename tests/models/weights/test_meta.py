@@ -33,7 +33,8 @@ def test_any_number_of_shards_gives_the_whole(
     [
         {"vocab_size": 24},
         {"n_kv_heads": 4},
-        {"n_kv_heads": None, "rope_theta": 10000, "ffn_dim_multiplier": 1.0, "max_seq_len": 2048},
+        {"n_kv_heads": None, "rope_theta": 10000, "ffn_dim_multiplier": 1.3, "max_seq_len": 2048},
+        {"use_scaled_rope": False},
     ],
 )
 def test_keys_that_change_nothing_are_accepted(
@@ -46,9 +47,10 @@ def test_keys_that_change_nothing_are_accepted(
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"n_kv_heads": 2}, "n_kv_heads 2 is not supported"),
-        ({"rope_theta": 500000.0}, "rope_theta 500000.0 is not supported"),
-        ({"ffn_dim_multiplier": 1.3}, "ffn_dim_multiplier 1.3 is not supported"),
+        ({"n_kv_heads": 3}, "n_kv_heads 3 does not divide n_heads 4"),
+        ({"n_kv_heads": 8}, "n_kv_heads is 8"),
+        ({"rope_theta": 0}, "rope_theta is 0"),
+        ({"use_scaled_rope": True}, "use_scaled_rope true .* not supported"),
         ({"moe": {}}, "moe not supported"),
         ({"dim": "32"}, "dim is '32'"),
         ({"dim": 10**9}, "dim is 1000000000"),
@@ -64,6 +66,39 @@ def test_params_of_another_architecture_name_the_key(
     with pytest.raises(WeightsError, match=message) as caught:
         open_language(write_meta(tmp_path, language, **params))
     assert caught.value.file == str(tmp_path / "params.json")
+
+
+def narrow_kv(language: Tensors) -> Tensors:
+    """Two key/value heads of four."""
+    kv = ("attention.k.weight", "attention.v.weight")
+    return {name: tensor[:16] if name.endswith(kv) else tensor for name, tensor in language.items()}
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_grouped_queries_and_another_theta_as_in_llama_2_70b(
+    tmp_path: Path, language: Tensors, write_meta: Write, assert_same: Callable[..., None], count: int
+) -> None:
+    tensors = narrow_kv(language)
+    folder = write_meta(tmp_path, tensors, count, n_kv_heads=2, rope_theta=500000.0, ffn_dim_multiplier=1.3)
+    source = open_language(folder)
+    assert (source.config.num_kv_heads, source.config.rope_theta) == (2, 500000.0)
+    assert source.config.rope_interleaved
+    assert_same(source.stream(), tensors)
+
+
+def test_an_embedding_that_is_split_over_its_rows_as_in_llama_3(
+    tmp_path: Path, language: Tensors, write_meta: Write, assert_same: Callable[..., None]
+) -> None:
+    folder = write_meta(tmp_path, language, 2)
+    for path, rows in zip(sorted(folder.glob("*.pth")), language["embed.weight"].chunk(2), strict=True):
+        torch.save(torch.load(path) | {"tok_embeddings.weight": rows.clone()}, path)
+    assert_same(open_language(folder).stream(), language)
+
+
+def test_more_shards_than_groups(tmp_path: Path, language: Tensors, write_meta: Write) -> None:
+    folder = write_meta(tmp_path, narrow_kv(language), 4, n_kv_heads=2)
+    with pytest.raises(WeightsError, match="n_kv_heads 2 does not divide n_heads 4, or into 4 shards"):
+        open_language(folder)
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"dim": NaN}', "[" * 100_000, b"\xff"])

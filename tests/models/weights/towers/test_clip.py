@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from models.vision.clip import ClipConfig
-from models.weights import clip_openai
-from models.weights.clip import find_vision, open_vision
 from models.weights.errors import WeightsError
+from models.weights.settings import Settings
+from models.weights.towers import clip, find_vision, open_vision, unused_tensors
 
 transformers = pytest.importorskip("transformers")
 
@@ -119,6 +121,58 @@ def test_a_file_with_openais_names_gives_the_same_stream(
     assert_same(source.stream(), expected_tensors(tower))
 
 
+@pytest.mark.parametrize("kind", ["hf", "openai"])
+def test_the_patches_of_a_layer_leave_the_rest_to_exports(
+    tmp_path: Path, assert_same: Callable[..., None], kind: str
+) -> None:
+    tower = hf_tower()
+    if kind == "hf":
+        tower.save_pretrained(tmp_path)
+    else:
+        torch.save(openai_tensors(tower), tmp_path / "clip.pt")
+    source = open_vision(tmp_path, select_layer=-2)
+    assert source.config == replace(CONFIG, select_layer=-2, select_feature="patch")
+    last = f"layers.{LAYERS - 1}."
+    assert_same(source.stream(), {n: t for n, t in expected_tensors(tower).items() if not n.startswith(last)})
+    out = {clip.EXPORT.of(name): tensor for name, tensor in source.stream()} | dict(unused_tensors(source))
+    state = {f"vision_model.{n.removeprefix('vision_model.')}": t for n, t in tower.state_dict().items()}
+    assert out.keys() == {name for name in state if not name.endswith("position_ids")}
+    assert all(torch.equal(tensor, state[name]) for name, tensor in out.items())
+
+
+def test_settings_and_image_processor_as_transformers_reads_them(tmp_path: Path) -> None:
+    settings = clip.settings_of(CONFIG)
+    assert clip.config_of(Settings(tmp_path / "config.json", settings)) == CONFIG
+    assert transformers.CLIPVisionConfig.from_dict(settings).to_diff_dict().items() >= TOWER.items()
+    assert settings["hidden_act"] == "quick_gelu"
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(clip.preprocessor_of(CONFIG)))
+    images = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    tiles = images(torch.full((3, 50, 40), 255, dtype=torch.uint8), return_tensors="pt")["pixel_values"]
+    white = [(1 - 0.48145466) / 0.26862954, (1 - 0.4578275) / 0.26130258, (1 - 0.40821073) / 0.27577711]
+    torch.testing.assert_close(tiles, torch.tensor(white)[None, :, None, None].expand(1, 3, 28, 28))
+
+
+class Program:
+    """What a hostile pickle holds: unpickling it would call os.system."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("exit 1",)
+
+
+def test_files_that_are_damaged_or_want_more_than_tensors(tmp_path: Path) -> None:
+    path = tmp_path / "clip.pt"
+    torch.save({"state_dict": openai_tensors(hf_tower()), "hook": Program()}, path)
+    with pytest.raises(WeightsError, match=r"wants to import .*system"):
+        open_vision(path)
+    torch.save(openai_tensors(hf_tower()), path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(WeightsError, match="damaged or was not copied to its end"):
+        open_vision(path)
+    torch.save([torch.ones(2)], path)
+    with pytest.raises(WeightsError, match="holds a list; expected a dict"):
+        open_vision(path)
+
+
 class Tree(nn.Module):
     """Modules and parameters from dotted names, so that a program with OpenAI's names can be scripted."""
 
@@ -154,7 +208,7 @@ def test_openais_program_is_opened_only_if_it_is_theirs(
     with pytest.raises(WeightsError, match="TorchScript program with sha256"):
         open_vision(path)
     monkeypatch.undo()
-    monkeypatch.setattr(clip_openai, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setattr(clip, "OPENAI_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     assert_same(open_vision(path).stream(), expected_tensors(tower))
     assert_same(open_vision(tmp_path).stream(), expected_tensors(tower))  # its folder
     loads: list[Any] = []
@@ -192,10 +246,10 @@ def test_every_difference_is_listed(tmp_path: Path, kind: str) -> None:
     [
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"model_type": "siglip"}, "model_type 'siglip'"),
-        ({"num_attention_heads": 3}, "does not divide into 3 heads"),
+        ({"num_attention_heads": 3}, "width 128 cannot have 3 heads"),
         ({"num_hidden_layers": 2}, "a tower of 2 blocks"),
         ({"patch_size": 0}, "patch_size is 0"),
-        ({"patch_size": 56}, "no patches of 56"),
+        ({"patch_size": 56}, "patches of 56 pixels"),
     ],
 )
 def test_settings_of_another_tower_name_the_key(tmp_path: Path, settings: dict[str, object], message: str) -> None:
@@ -214,8 +268,12 @@ def test_a_resnet_is_not_a_tower(tmp_path: Path) -> None:
 
 
 def test_files_that_are_no_clip(tmp_path: Path) -> None:
-    torch.save({"weight": torch.ones(2)}, tmp_path / "w.pt")
-    for path, message in ((tmp_path / "w.pt", "no tensors with OpenAI's names"), (tmp_path, "neither config.json")):
+    for name in ("v.pt", "w.pt"):
+        torch.save({"weight": torch.ones(2)}, tmp_path / name)
+    for path, message in (
+        (tmp_path / "w.pt", "no tensors of a vision tower"),
+        (tmp_path, "2 files of weights and no config.json"),
+    ):
         with pytest.raises(WeightsError, match=message):
             open_vision(path)
     with pytest.raises(WeightsError, match="No such file"):

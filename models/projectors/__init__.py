@@ -1,0 +1,1 @@
+"""Projectors, one kind of computation a file; models/projector.py makes them."""

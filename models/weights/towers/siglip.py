@@ -1,0 +1,62 @@
+"""Google's SigLIP in transformers' layout, of a SiglipModel or a SiglipVisionModel, with all its blocks or fewer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from models.vision.siglip import SiglipConfig
+from models.weights.archive import Shape
+from models.weights.settings import Settings
+from models.weights.towers import hugging_face
+from models.weights.towers.layout import Layout
+from models.weights.towers.selection import make_config
+
+HF = Layout(
+    names=hugging_face.NAMES,
+    unused={
+        r"post_layernorm\.(weight|bias)": hugging_face.UNUSED,
+        r"head\.(probe|attention\.(in_proj_|out_proj\.)(weight|bias)|(layernorm|mlp\.fc[12])\.(weight|bias))": (
+            hugging_face.UNUSED
+        ),
+    },
+    foreign=hugging_face.FOREIGN,
+)
+EXPORT = replace(HF, prefix=hugging_face.PREFIX)
+
+
+def config_of(settings: Settings, **selection: Any) -> SiglipConfig:
+    """The tower in a SiglipModel's config.json (under vision_config) or a SiglipVisionModel's.
+
+    Raises:
+        WeightsError: another model, or a number out of range.
+    """
+    settings.only("model_type", "siglip", "siglip_vision_model")
+    tower = settings.inner("vision_config") or settings
+    tower.only("model_type", "siglip", "siglip_vision_model")
+    tower.only("hidden_act", "gelu_pytorch_tanh")
+    numbers = hugging_face.numbers(tower, norm_eps=1e-6, patch_size=16)
+    return make_config(SiglipConfig, settings.path, numbers | selection)
+
+
+def published_config(where: Path, shapes: Mapping[str, Shape], layout: Layout, **selection: Any) -> SiglipConfig:
+    """The tower of a checkpoint that does not describe it (Bunny's, Imp's): one of Google's."""
+    numbers = hugging_face.published_numbers(where, shapes, layout, class_tokens=0)
+    return make_config(SiglipConfig, where, numbers | selection)
+
+
+def settings_of(config: SiglipConfig) -> dict[str, Any]:
+    """The config.json of a SiglipVisionModel, and the vision_config of what holds one."""
+    return hugging_face.vision_config(config, "siglip_vision_model", "gelu_pytorch_tanh")
+
+
+def preprocessor_of(config: SiglipConfig) -> dict[str, Any]:
+    """The preprocessor_config.json of SigLIP's image processor: squashed to the tile, bicubic, to -1 to 1."""
+    size = config.image_size
+    return {
+        "image_processor_type": "SiglipImageProcessor", "do_resize": True, "size": {"height": size, "width": size},
+        "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "do_convert_rgb": True,
+    }  # fmt: skip
