@@ -10,10 +10,10 @@ from engine.flags import parse_export
 
 def main(argv: list[str]) -> int:
     """Parse and export. Returns the exit code."""
-    config = parse_export(argv)
+    config, notes = parse_export(argv)
     from engine.export.export import export
 
-    return export(config)
+    return export(config, notes)
 
 
 if __name__ == "__main__":

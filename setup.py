@@ -2,6 +2,7 @@
 
     pip wheel . --no-deps       where nvcc is; install the wheel anywhere beside a checkout of the same sources
     pip install .               both at once
+    pip install '.[hub]'        and what downloads models that are named by their Hub ids
 
 nibble itself runs from its checkout. The wheel holds one package, nibble_csrc, which kernels/library.py looks into; it
 serves every Python and torch of its platform.
@@ -70,6 +71,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=["nibble_csrc"],
+    extras_require={"hub": ["huggingface_hub"]},  # models/weights/hub.py; its version is in constraints.txt
     package_dir={"nibble_csrc": str(PACKAGE.relative_to(ROOT))},
     package_data={"nibble_csrc": [LIBRARY.name]},
     options={"egg_info": {"egg_base": "build"}},

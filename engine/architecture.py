@@ -10,15 +10,14 @@ import torch
 
 from engine.config import Config, trained_vision
 from engine.errors import UsageError
-from engine.neck import Neck
-from engine.pictures import has_newline, record_length, record_pictures
-from engine.sources import Sources, is_lora_folder
+from engine.image_choices import ImageChoices, record_images
+from engine.projector_source import ProjectorSource
+from engine.sources import Sources, lora_start
 from models.adapters.lora import LoRAConfig
 from models.adapters.mma import AdapterConfig
 from models.language.decoder import DecoderConfig
 from models.language.llama import LLAMA_13B
-from models.projector import ProjectorConfig, make_projector
-from models.vision.tower import TowerConfig
+from models.projector import make_projector
 from models.vlm import Legacy, VLMConfig
 from models.weights.lavin import read_lavin_args
 from models.weights.lora_files import peft_names, read_peft
@@ -26,22 +25,23 @@ from models.weights.names import check_shapes, shapes_of
 
 logger = logging.getLogger("nibble")
 
-DEFAULT_PROJECTOR = "mlp2x_gelu"
 
-
-def vlm_config(config: Config, language: DecoderConfig, vision: TowerConfig, neck: Neck | None = None) -> VLMConfig:
-    """The model that this configuration describes; `neck`: what the sources say of the seam.
+def vlm_config(
+    config: Config, language: DecoderConfig, images: ImageChoices, projector: ProjectorSource | None = None
+) -> VLMConfig:
+    """The model that this configuration describes; `projector`: the weights that it starts from.
 
     Raises:
         UsageError: these parts do not go together.
+        WeightsError: the projector's weights are of another width.
     """
-    neck = Neck() if neck is None else neck
     _check_placement(config, language)
+    _check_projector(language, images, projector or ProjectorSource())
     lora = lora_config(config, language)
     return VLMConfig(
         language=language,
-        vision=vision,
-        projector=_projector(config, language, vision, neck),
+        vision=images.tower,
+        projector=images.projector,
         adapter=AdapterConfig(
             dim=config.adapter.dim, scale=config.adapter.scale,
             temperature=router_temperature(config, language), dropout=config.adapter.dropout,
@@ -53,7 +53,7 @@ def vlm_config(config: Config, language: DecoderConfig, vision: TowerConfig, nec
         train_language=config.train.language,
         train_vision=trained_vision(config),
         train_projector=config.train.projector,
-        image_newline=has_newline(config, neck.pictures),
+        image_newline=images.has_newline,
         drop_path=config.model.drop_path,
         legacy=Legacy(
             clip_router=config.legacy.clip_router,
@@ -63,6 +63,11 @@ def vlm_config(config: Config, language: DecoderConfig, vision: TowerConfig, nec
     )  # fmt: skip
 
 
+def model_of(config: Config, sources: Sources) -> VLMConfig:
+    """The model that this configuration describes on these files; errors as vlm_config."""
+    return vlm_config(config, sources.language.config, sources.images, sources.projector)
+
+
 def record(config: Config, sources: Sources) -> VLMConfig:
     """Writes what was found in files into the configuration, as the run's config.yaml keeps it: the run can be opened
     without them. Returns the model.
@@ -70,20 +75,14 @@ def record(config: Config, sources: Sources) -> VLMConfig:
     Raises:
         UsageError: as vlm_config; or nothing trains.
     """
-    shape = vlm_config(config, sources.language.config, sources.vision.config, sources.neck)
+    shape = model_of(config, sources)
     frozen = (shape.train_language, shape.train_vision) == ("frozen", "frozen")
     if frozen and shape.projector.kind == "identity" and not shape.image_newline:
         raise UsageError("nothing trains", where="--train", why="the projector is an identity, which has no weights")
     config.train.vision = shape.train_vision
     config.adapter.temperature = shape.adapter.temperature
-    config.model.projector = shape.projector.kind
-    if shape.vision.select_feature != "class_tokens":
-        config.model.select_layer, config.model.select_feature = shape.vision.select_layer, shape.vision.select_feature
-    if shape.vision.scales:
-        config.model.s2 = ",".join(map(str, shape.vision.scales))
-    record_pictures(config, sources.neck.pictures, shape.vision.image_size)
-    record_length(config, sources.neck.pictures, shape)
-    if config.train.projector == "frozen" and not sources.neck.tensors and shape.projector.kind != "identity":
+    record_images(config, sources.images)
+    if config.train.projector == "frozen" and not sources.projector.tensors and shape.projector.kind != "identity":
         logger.warning("the projector is frozen and nothing named has weights for it: it stays as it is drawn")
     if config.train.language == "lora":
         config.lora.rank, config.lora.alpha = shape.lora.rank, shape.lora.alpha
@@ -99,33 +98,20 @@ def _check_placement(config: Config, language: DecoderConfig) -> None:
         )  # fmt: skip
 
 
-def _projector(config: Config, language: DecoderConfig, vision: TowerConfig, neck: Neck) -> ProjectorConfig:
+def _check_projector(language: DecoderConfig, images: ImageChoices, source: ProjectorSource) -> None:
+    width = images.tower.feature_width
     try:
-        projector = ProjectorConfig(
-            kind=projector_kind(config, vision, neck), hidden=config.model.projector_hidden
-        )  # fmt: skip
-        projector.tokens(vision.tokens_out)
         with torch.device("meta"):
-            made = make_projector(projector, vision.feature_width, language.dim)
+            made = make_projector(images.projector, width, language.dim)
     except ValueError as error:
         raise UsageError(str(error), where="--model.projector") from error
-    if neck.tensors:  # now, and not when the base is loaded
-        found = {name: tuple(tensor.shape) for name, tensor in neck.tensors.items()}
+    if source.tensors:  # now, and not when the base is loaded
+        found = {name: tuple(tensor.shape) for name, tensor in source.tensors.items()}
         check_shapes(
-            neck.source, found, shapes_of(made),
-            do=f"it takes the tower's {vision.feature_width} channels and gives the language model's {language.dim}: "
-            "name the two that it was trained with",
+            source.path, found, shapes_of(made),
+            do=f"it takes the tower's {width} channels and gives the language model's {language.dim}: name the two "
+            "that it was trained with",
         )  # fmt: skip
-    return projector
-
-
-def projector_kind(config: Config, vision: TowerConfig, neck: Neck) -> str:
-    """The flag, else what weights or a VLM checkpoint say, else LaVIN's for class tokens and LLaVA's for patches."""
-    if config.model.projector != "auto":
-        return config.model.projector
-    if neck.projector != "auto":
-        return neck.projector
-    return "lavin" if vision.select_feature == "class_tokens" else DEFAULT_PROJECTOR
 
 
 def router_temperature(config: Config, language: DecoderConfig) -> float:
@@ -134,9 +120,9 @@ def router_temperature(config: Config, language: DecoderConfig) -> float:
     if config.adapter.temperature is not None:
         return config.adapter.temperature
     file = Path(config.adapter.init)
-    said = read_lavin_args(file).get("temperature") if config.adapter.init and file.is_file() else None
-    if isinstance(said, int | float):
-        return float(said)
+    recorded = read_lavin_args(file).get("temperature") if config.adapter.init and file.is_file() else None
+    if isinstance(recorded, int | float):
+        return float(recorded)
     return 5.0 if language.dim >= LLAMA_13B.dim else 10.0
 
 
@@ -149,17 +135,18 @@ def lora_config(config: Config, language: DecoderConfig) -> LoRAConfig:
     """
     if config.train.language != "lora":
         return LoRAConfig()
-    folder = Path(config.adapter.init)
-    with_tower = config.train.vision == "lora"
-    said = read_peft(folder, language, with_tower=with_tower)[1] if is_lora_folder(folder) else LoRAConfig()
-    targets = _our_names(config.lora.targets, language) if config.lora.targets else said.targets
-    return replace(_with_flags(config, said), targets=targets)
+    folder, with_tower = lora_start(config), config.train.vision == "lora"
+    trained_with = LoRAConfig() if folder is None else read_peft(folder, language, with_tower=with_tower)[1]
+    targets = _our_names(config.lora.targets, language) if config.lora.targets else trained_with.targets
+    return replace(_with_flags(config, trained_with), targets=targets)
 
 
-def _with_flags(config: Config, said: LoRAConfig) -> LoRAConfig:
-    """`said` with what flags say instead, on all linears."""
+def _with_flags(config: Config, trained_with: LoRAConfig) -> LoRAConfig:
+    """`trained_with` with what flags say instead, on all linears."""
     return LoRAConfig(
-        rank=config.lora.rank or said.rank, alpha=config.lora.alpha or said.alpha, dropout=config.lora.dropout
+        rank=config.lora.rank or trained_with.rank,
+        alpha=config.lora.alpha or trained_with.alpha,
+        dropout=config.lora.dropout,
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from engine.architecture import vlm_config
+from engine.architecture import model_of
 from engine.config import BITS, Config, dataset_format, longest_sample
 from engine.data.chat import ChatData
 from engine.data.layout import Layout
@@ -19,7 +19,7 @@ from engine.loading.cache import cache_of
 from engine.loading.load import Loading
 from engine.pictures import anyres_of
 from engine.sources import Sources
-from engine.starting import put_neck
+from engine.starting import put_projector
 from models.placement import Bits
 from models.vlm import VisionLanguageModel, VLMConfig
 
@@ -40,7 +40,7 @@ def build_model(
     finally:
         sources.language.close()
         sources.vision.close()
-    put_neck(model, sources.neck)
+    put_projector(model, sources.projector)
     return model
 
 
@@ -53,8 +53,7 @@ def bits_of(config: Config) -> dict[str, Bits]:
 def _empty(config: Config, sources: Sources, device: torch.device) -> VisionLanguageModel:
     """The model with what trains on `device`, what is frozen on the meta device."""
     with torch.device("meta"):
-        shape = vlm_config(config, sources.language.config, sources.vision.config, sources.neck)
-        model = VisionLanguageModel(shape)
+        model = VisionLanguageModel(model_of(config, sources))
     model.start_trainable(config.seed, device)
     return model
 

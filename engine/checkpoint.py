@@ -25,9 +25,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from engine.errors import CheckpointError
-from engine.files import TEMPORARY, beside, discard, fsync_dir, require_free, step_dirs, write_atomic
+from engine.files import discard, require_free, step_dirs, write_atomic
 from engine.manifest import Verify, check_manifest, damaged, write_manifest, write_new
 from engine.tensor_file import write_tensors
+from models.weights.whole import TEMPORARY, beside, sync
 
 logger = logging.getLogger("nibble")
 
@@ -131,7 +132,7 @@ def _write_files(directory: Path, step: int, tensors: Mapping[str, Tensor], stat
     files = {f"{g}.safetensors": write_tensors(directory / f"{g}.safetensors", part) for g, part in groups.items()}
     files["state.json"] = write_new(directory / "state.json", state.encode())
     write_manifest(directory, step, files)
-    fsync_dir(directory)
+    sync(directory)
 
 
 def _commit(temporary: Path, final: Path) -> None:
@@ -143,7 +144,7 @@ def _commit(temporary: Path, final: Path) -> None:
             discard(aside)
         final.rename(aside)
     temporary.rename(final)
-    fsync_dir(final.parent)
+    sync(final.parent)
 
 
 def _point_to_best(run_dir: Path, best: int | None) -> None:

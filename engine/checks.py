@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
@@ -11,6 +10,7 @@ from engine.config import ChatConfig, Config, EvalConfig, Model, Optim, Runtime,
 from engine.data.prompts import check_format
 from engine.errors import UsageError
 from engine.memory_size import parse_size
+from models.projectors.config import KINDS, MLP
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ BOUNDS: dict[str, Bound] = {
     "temperature": Bound(0),
     "top_p": Bound(0, 1.0000001),
     "model.projector_hidden": Bound(1),
-    "lora.rank": Bound(1, 257),
+    "lora.rank": Bound(1, 257),  # kernels/lora_linear.py: LARGEST_RANK, which would cost --help torch
     "lora.alpha": Bound(0, open_low=True),
     "lora.dropout": Bound(0, 1),
     "model.drop_path": Bound(0, 1),
@@ -75,7 +75,6 @@ OF_GENERATION = (
     "max_batch_size", "max_new_tokens", "generation_temperature", "top_p", "legacy.decode_positions",
     "legacy.score_whole_text",
 )  # fmt: skip
-PROJECTORS = re.compile(r"auto|lavin|linear|mlp[1-9]\d*x_gelu|identity|sppv[123]|minigpt|vanilla|ldp")
 OF_A_RUN = ("model.", "adapter.", "dataset.", "legacy.")
 BESIDE_A_RUN = ("dataset.root", "legacy.decode_positions", "legacy.score_whole_text", "legacy.eval_8bit_as_4bit")
 
@@ -170,11 +169,10 @@ def _check_model(config: Config | EvalConfig) -> None:
 
 def _check_projector(config: Config | EvalConfig) -> None:
     model = config.model
-    if not PROJECTORS.fullmatch(model.projector):
+    if model.projector not in ("auto", *KINDS) and not MLP.fullmatch(model.projector):
         raise UsageError(
             f"model.projector is {model.projector!r}", where="--model.projector",
-            do="give auto, lavin, linear, mlp2x_gelu (any number in place of the 2), identity, sppv1, sppv2, sppv3, "
-            "minigpt, vanilla or ldp",
+            do=f"give auto, mlp2x_gelu (any number in place of the 2), {', '.join(KINDS[:-1])} or {KINDS[-1]}",
         )  # fmt: skip
     if model.projector != "lavin":
         return

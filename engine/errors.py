@@ -101,6 +101,10 @@ _USE_LESS = (
 _LET_NIBBLE_CHOOSE = "--runtime.kernels auto, or NIBBLE_KERNELS=auto"
 # By class name: importing them here would import torch.
 _FROM_BELOW: dict[str, tuple[type[NibbleError], str]] = {
+    "TowerLoRAError": (
+        CheckpointError,
+        "train again with LoRA on the language model only, or give --train.vision lora",
+    ),
     "WeightsError": (CheckpointError, ""),
     "NothingInstalled": (EnvironmentProblem, ""),  # a BackendError whose text says what to do
     "BackendError": (EnvironmentProblem, _LET_NIBBLE_CHOOSE),

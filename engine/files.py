@@ -1,26 +1,19 @@
-"""Files that are whole or absent: atomic writes, directory fsync, safe removal, the free-disk check."""
+"""A run's files: replaced as a whole, checkpoints by their numbers, safe removal, the free-disk check."""
 
 from __future__ import annotations
 
 import logging
-import os
 import re
 import shutil
-import uuid
 from pathlib import Path
 
 from engine.errors import CheckpointError
+from models.weights.whole import TEMPORARY, beside, whole
 
 logger = logging.getLogger("nibble")
 
-TEMPORARY = ".tmp-"  # being written; not yet part of the run
 DELETED = ".del-"  # no longer part of the run; not yet gone from the disk
 _STEP = re.compile(r"(\.old-)?step-(\d{1,18})")  # .old-: the earlier save of a step that is being saved again
-
-
-def beside(path: Path, prefix: str) -> Path:
-    """A fresh hidden name next to `path`, on the same file system, so that a rename to or from it is atomic."""
-    return path.with_name(f"{prefix}{path.name}-{uuid.uuid4().hex[:12]}")
 
 
 def is_dir(path: Path) -> bool:
@@ -43,28 +36,10 @@ def step_dirs(directory: Path) -> list[tuple[int, Path]]:
     return sorted(found, key=lambda pair: (pair[0], pair[1].name))  # ".old-step-3" sorts before "step-3"
 
 
-def fsync_dir(path: Path) -> None:
-    """Make the names inside a directory durable: without it, a rename may be forgotten in a power cut."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_atomic(path: Path, text: str) -> None:
     """Replace a small text file. A reader, also one after a crash, sees the old text or the new one."""
-    temporary = beside(path, TEMPORARY)
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    fsync_dir(path.parent)
+    with whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def discard(path: Path) -> None:

@@ -26,6 +26,7 @@ from engine.config_file import from_yaml, refuse_interpolation
 from engine.dialects import lavin
 from engine.errors import UsageError
 from engine.export.config import ExportConfig, check_export
+from engine.export.config import effectless as idle_exports
 from engine.suggest import did_you_mean
 
 Tree = TypeVar("Tree", Config, EvalConfig, ChatConfig, ExportConfig)
@@ -79,10 +80,11 @@ def parse_chat(argv: Sequence[str]) -> ChatConfig:
     return validate(_override(ChatConfig(), split(argv), (), spoken=False))
 
 
-def parse_export(argv: Sequence[str]) -> ExportConfig:
-    """The checked configuration of export.py. Raises as parse_train does."""
+def parse_export(argv: Sequence[str]) -> tuple[ExportConfig, list[str]]:
+    """The checked configuration of export.py, and what to warn about. Raises as parse_train does."""
     _help(argv, ExportConfig, "export.py", "Write a run or a checkpoint in another project's format, or an average.")
-    return check_export(_override(ExportConfig(), split(argv), (), spoken=False))
+    config = check_export(_override(ExportConfig(), split(argv), (), spoken=False))
+    return config, idle_exports(config)
 
 
 def _help(argv: Sequence[str], tree: type[Tree], program: str, description: str) -> None:

@@ -23,7 +23,7 @@ FREE = (
     "legacy.decode_positions", "legacy.score_whole_text", "legacy.eval_8bit_as_4bit",
 )  # fmt: skip
 # A run records what `auto` came to; runs from before there were these settings did not.
-RECORDED_NOW = ("model.projector", "model.patch_merge", "dataset.image_aspect_ratio")
+RECORDED_NOW = ("model.projector", "model.patch_merge", "dataset.image_aspect_ratio", "dataset.anyres_grids")
 
 
 def changed_settings(before: Config, now: Config) -> list[str]:

@@ -16,16 +16,16 @@ from engine.config import Config
 from engine.data.tokenizer import Tokenizer, open_tokenizer
 from engine.demo.cache import demo_base
 from engine.errors import CheckpointError, UsageError
-from engine.neck import Neck, with_start
-from engine.tower_choice import check_selection, choose_tower, seen_at_scales
+from engine.image_choices import ImageChoices, choose_images
+from engine.projector_source import ProjectorSource, with_start
+from engine.tower_choice import named_tower, with_choices
 from kernels.nf4 import NF4Tensor
 from models.weights.checkpoint import Checkpoint, open_checkpoint
 from models.weights.errors import WeightsError
 from models.weights.hub import find_cached, resolve
 from models.weights.language import LanguageSource, open_language
 from models.weights.projector_files import FILES
-from models.weights.towers import VisionSource, find_vision
-from models.weights.vlm_settings import VLMSettings
+from models.weights.towers import VisionSource, find_vision, open_vision
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 
@@ -37,12 +37,13 @@ class Sources:
     language: LanguageSource
     vision: VisionSource
     tokenizer: Tokenizer
-    neck: Neck = field(default_factory=Neck)
+    images: ImageChoices  # its tower is `vision`'s
+    projector: ProjectorSource = field(default_factory=ProjectorSource)
 
     @property
     def files(self) -> list[Path]:
         """Every weight file, for the identity that checkpoints record."""
-        return list(dict.fromkeys((*self.language.files, *self.vision.files, *self.neck.files)))
+        return list(dict.fromkeys((*self.language.files, *self.vision.files, *self.projector.files)))
 
 
 def open_sources(config: Config) -> Sources:
@@ -62,16 +63,16 @@ def open_sources(config: Config) -> Sources:
             f"no folder with the language model's weights at {folder}", where="--model.language",
             do="name the folder that holds params.json or config.json (LaVIN: --llama_model_path and --llm_model)",
         )  # fmt: skip
-    checkpoint = _open_base(config, folder)
+    checkpoint = open_base(config, folder)
     language = checkpoint.language
     assert language is not None
     if (folder / "config.json").is_file():  # Meta's files are never quantized
         _check_bits(config, language, folder)
-    checkpoint, neck = with_start(config, checkpoint, _start(config))
-    vision = _tower(config, checkpoint, neck, path)
+    checkpoint, projector = with_start(config, checkpoint, language.config, _start(config))
+    vision, images = _tower(config, checkpoint, projector.kind, path)
     tokenizer = open_tokenizer(config.model.tokenizer or folder)
     tokenizer.require_vocab(language.config.vocab_size, str(folder))
-    return Sources(language=language, vision=vision, tokenizer=tokenizer, neck=neck)
+    return Sources(language=language, vision=vision, tokenizer=tokenizer, images=images, projector=projector)
 
 
 def base_paths(config: Config) -> tuple[Path, Path | None]:
@@ -115,8 +116,12 @@ def _names_in(folder: Path) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") if names else "nothing"
 
 
-def _open_base(config: Config, folder: Path) -> Checkpoint:
-    """What the language model's folder holds; with a delta, the language model alone."""
+def open_base(config: Config, folder: Path) -> Checkpoint:
+    """What the language model's folder holds; with a delta, the language model alone.
+
+    Raises:
+        CheckpointError: it holds no language model.
+    """
     if config.model.delta:
         language = open_language(folder, config.model.delta, legacy_permutation=config.legacy.vicuna_permutation)
         return Checkpoint(kind="language", language=language)
@@ -151,16 +156,25 @@ def _check_bits(config: Config, language: LanguageSource, folder: Path) -> None:
 
 
 def _start(config: Config) -> Path | None:
-    """Where a projector, and perhaps more, is that training starts from: --model.projector_weights, else what stands
-    beside the LoRA of --adapter.init."""
+    path = start_path(config)
+    return located(path, "--model.projector_weights") if path is not None and config.model.projector_weights else path
+
+
+def start_path(config: Config) -> Path | None:
+    """Where a projector, and perhaps more, is that training starts from: --model.projector_weights as it was typed,
+    else what stands beside the LoRA of --adapter.init."""
     if config.model.projector_weights:
-        return located(Path(config.model.projector_weights), "--model.projector_weights")
-    folder = Path(config.adapter.init)
-    if not is_lora_folder(folder):
-        return None
-    if config.train.vision != "lora":
+        return Path(config.model.projector_weights)
+    folder = lora_start(config)
+    if folder is None or config.train.vision != "lora":
         return folder
     return next((folder / name for name in FILES if (folder / name).is_file()), None)  # the tower's LoRA is read later
+
+
+def lora_start(config: Config) -> Path | None:
+    """The LoRA folder that --adapter.init names; None where it names none."""
+    folder = Path(config.adapter.init)  # of an empty name the current directory
+    return folder if config.adapter.init and is_lora_folder(folder) else None
 
 
 def is_lora_folder(folder: Path) -> bool:
@@ -168,16 +182,16 @@ def is_lora_folder(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file()
 
 
-def _tower(config: Config, checkpoint: Checkpoint, neck: Neck, path: Path | None) -> VisionSource:
+def _tower(
+    config: Config, checkpoint: Checkpoint, projector: str, path: Path | None
+) -> tuple[VisionSource, ImageChoices]:
     """The tower with what is taken of it: the one that is named, else the one in the checkpoint, else the one that its
     settings name, else what is found (`path`)."""
     settings = checkpoint.settings
     if checkpoint.vision is not None and not config.model.vision:
-        check_selection(config, checkpoint.vision.config)
-        return _at_scales(config, checkpoint.vision, settings)
-    where = "--model.vision"
-    if settings is not None and not config.model.vision:
-        path, where = Path(settings.tower), "the checkpoint's config.json (mm_vision_tower)"
+        images = choose_images(config, checkpoint.vision.config, settings, projector, held=True)
+        return replace(checkpoint.vision, config=images.tower), images
+    path, where = named_tower(config, settings, path)
     if path is None:
         raise CheckpointError(
             "no CLIP vision tower found", where="the language model's folder, the folder above it, ~/.cache/clip and "
@@ -190,8 +204,6 @@ def _tower(config: Config, checkpoint: Checkpoint, neck: Neck, path: Path | None
             f"no vision tower at {path}", where=where,
             do="pass --model.vision with a folder, file or Hub id of a CLIP, SigLIP or EVA02-CLIP tower",
         )  # fmt: skip
-    return _at_scales(config, choose_tower(config, path, settings, neck.projector), settings)
-
-
-def _at_scales(config: Config, tower: VisionSource, settings: VLMSettings | None) -> VisionSource:
-    return replace(tower, config=seen_at_scales(config, tower.config, settings))
+    tower = open_vision(path)
+    images = choose_images(config, tower.config, settings, projector)
+    return with_choices(tower, path, images.tower), images

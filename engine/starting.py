@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.checkpoint import find_latest, load_checkpoint
 from engine.errors import CheckpointError, UsageError
-from engine.neck import Neck
+from engine.projector_source import ProjectorSource
 from engine.sources import is_lora_folder
 from models.vlm import VisionLanguageModel, VLMConfig
 from models.weights.identity import check_identity
@@ -76,11 +76,11 @@ def _read_lora(shape: VLMConfig, learns: Mapping[str, Tensor], folder: Path) -> 
             where="--adapter.init", do="--train.language lora",
         )  # fmt: skip
     with_tower = shape.train_vision == "lora"
-    found, said = read_peft(folder, shape.language, with_tower=with_tower)
-    if (said.alpha, said.rank) != (shape.lora.alpha, shape.lora.rank):
+    found, trained_with = read_peft(folder, shape.language, with_tower=with_tower)
+    if (trained_with.alpha, trained_with.rank) != (shape.lora.alpha, shape.lora.rank):
         raise UsageError(
-            f"{folder} was trained with an update of {said.alpha:g} / {said.rank} B A, this command says "
-            f"{shape.lora.alpha:g} / {shape.lora.rank}",
+            f"{folder} was trained with an update of {trained_with.alpha:g} / {trained_with.rank} B A, this command "
+            f"says {shape.lora.alpha:g} / {shape.lora.rank}",
             where="--lora.alpha and --lora.rank", do="leave both out",
         )  # fmt: skip
     tensors = {f"language.{name}": tensor for name, tensor in found.items()}
@@ -91,12 +91,12 @@ def _read_lora(shape: VLMConfig, learns: Mapping[str, Tensor], folder: Path) -> 
     return Start(tensors, folder)
 
 
-def put_neck(model: VisionLanguageModel, neck: Neck) -> None:
+def put_projector(model: VisionLanguageModel, source: ProjectorSource) -> None:
     """Gives the projector the weights that its files hold, and image_newline its value where the model has one."""
-    if neck.tensors:
-        put_back(dict(model.projector.named_parameters()), neck.tensors, neck.source)
-    if neck.image_newline is not None and model.image_newline is not None:
-        put_back({"image_newline": model.image_newline}, {"image_newline": neck.image_newline}, neck.source)
+    if source.tensors:
+        put_back(dict(model.projector.named_parameters()), source.tensors, source.path)
+    if source.image_newline is not None and model.image_newline is not None:
+        put_back({"image_newline": model.image_newline}, {"image_newline": source.image_newline}, source.path)
 
 
 @torch.no_grad()

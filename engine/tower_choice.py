@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from engine.config import Config, trained_vision
-from engine.errors import UsageError
+from engine.errors import CheckpointError, UsageError
 from models.vision.tower import TowerConfig
 from models.weights.towers import VisionSource, open_vision
 from models.weights.vlm_settings import VLMSettings
@@ -15,16 +15,32 @@ from models.weights.vlm_settings import VLMSettings
 SELECT_LAYER = -2  # LLaVA's, Bunny's and Imp's: what the last block but one gives
 
 
-def choose_tower(config: Config, path: Path, settings: VLMSettings | None, projector: str) -> VisionSource:
-    """The tower in `path`, opened for the tokens that are taken of it (`selected`): only the blocks on the way to them
-    are read."""
-    tower = open_vision(path)
-    wanted = selected(config, tower.config, settings, projector)
-    if wanted == tower.config:
-        return tower
+def named_tower(config: Config, settings: VLMSettings | None, found: Path | None) -> tuple[Path | None, str]:
+    """The tower of a base without one in its files, and what names it: the flag, else the checkpoint's settings; else
+    `found`, which is None where nothing was.
+
+    Raises:
+        CheckpointError: the settings are a vision-language checkpoint's and name none.
+    """
+    if settings is None or config.model.vision:
+        return found, "--model.vision"
+    if not settings.tower:
+        raise CheckpointError(
+            "no vision tower is in the files that are here, and the checkpoint names none",
+            where="its config.json (mm_vision_tower)",
+            do="pass --model.vision with the tower that it was trained with",
+        )  # fmt: skip
+    return Path(settings.tower_source), "the checkpoint's config.json (mm_vision_tower)"
+
+
+def with_choices(tower: VisionSource, path: Path, wanted: TowerConfig) -> VisionSource:
+    """`tower`, which was read from `path`, with what is `wanted` of it: only the blocks on the way there are read."""
+    if replace(wanted, scales=()) == tower.config:
+        return replace(tower, config=wanted)
     tower.close()
     layer = None if wanted.select_feature == "class_tokens" else wanted.select_layer
-    return open_vision(path, select_layer=layer, select_feature=wanted.select_feature)
+    again = open_vision(path, select_layer=layer, select_feature=wanted.select_feature)
+    return replace(again, config=wanted)
 
 
 def selected(config: Config, tower: TowerConfig, settings: VLMSettings | None, projector: str) -> TowerConfig:
@@ -86,9 +102,9 @@ def seen_at_scales(config: Config, tower: TowerConfig, settings: VLMSettings | N
 def check_selection(config: Config, tower: TowerConfig) -> None:
     """The tower in a checkpoint was trained for what is taken of it."""
     for name, unsaid in (("select_layer", None), ("select_feature", "auto")):
-        said, trained = getattr(config.model, name), getattr(tower, name)
-        if said not in (unsaid, trained):
+        flag, trained = getattr(config.model, name), getattr(tower, name)
+        if flag not in (unsaid, trained):
             raise UsageError(
-                f"model.{name} is {said}, and the checkpoint's tower was trained with {trained}",
+                f"model.{name} is {flag}, and the checkpoint's tower was trained with {trained}",
                 where=f"--model.{name}", do="leave it out, or name another tower with --model.vision",
             )  # fmt: skip

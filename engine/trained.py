@@ -65,7 +65,7 @@ def open_trained(config: Config, weights: Path) -> Trained:
     sources = open_sources(config)
     shape = record(config, sources)
     start = read_start(shape, weights, sources.files)
-    if is_lora_folder(weights) and not sources.neck.tensors and shape.projector.kind != "identity":
+    if is_lora_folder(weights) and not sources.projector.tensors and shape.projector.kind != "identity":
         raise CheckpointError(
             f"{weights} is a LoRA without a projector", why="between tower and language model it would be random",
             do="--model.projector_weights with the mm_projector.bin that was trained with it",

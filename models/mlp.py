@@ -16,6 +16,10 @@ class MLP(nn.Module, ABC):
     down: Linear
 
     @abstractmethod
+    def groups(self) -> list[tuple[Linear, ...]]:
+        """The linears, those together that are computed in one call."""
+
+    @abstractmethod
     def hidden(self, x: Tensor, seed: Tensor | None) -> Tensor:
         """[T, D] -> [T, F]"""
 
@@ -28,6 +32,9 @@ class PlainMLP(MLP):
         self.activation: Activation = activation
         self.up = Linear(dim, hidden_dim, bias=bias)
         self.down = Linear(hidden_dim, dim, bias=bias)
+
+    def groups(self) -> list[tuple[Linear, ...]]:
+        return [(self.up,), (self.down,)]
 
     def hidden(self, x: Tensor, seed: Tensor | None) -> Tensor:
         return bias_act(self.up.product(x, seed), self.up.bias, self.activation, reuse=True)

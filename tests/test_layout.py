@@ -146,7 +146,7 @@ from benchmarks import end_to_end, plan_check
 from benchmarks.problem import Case
 from engine.plan.cards import CARDS
 from models.vlm import VLMConfig
-from tests.benchmarks.made_up import ORIGIN
+from tests.benchmarks.made_up_rows import ORIGIN
 shape = {{"model": "toy", "T": 128, "samples": 1, "policy": "auto", "cap": 0}}
 (row,) = end_to_end.rows(Case("end_to_end", shape, modes=("step",)), torch.device("cpu"), ORIGIN, True)
 found = plan_check.prediction(row)
@@ -246,5 +246,7 @@ def test_every_requirement_is_pinned() -> None:
         for line in (ROOT / file).read_text().splitlines()
         if line and not line.startswith(("#", "-"))
     }
+    (extras,) = re.findall(r"extras_require=(\{.*?\})", (ROOT / "setup.py").read_text(encoding="utf-8"))
+    wanted |= {name for names in ast.literal_eval(extras).values() for name in names}
     assert wanted == set(pinned)
     assert (pinned["torch"], pinned["triton"]) == ("2.13.0", "3.7.1")

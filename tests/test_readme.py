@@ -69,7 +69,7 @@ def type_it(script: str, argv: list[str]) -> list[str]:
     if script == "chat.py":
         parse_chat(argv)
     elif script == "export.py":
-        parse_export(argv)
+        return parse_export(argv)[1]
     elif script == "doctor.py":
         doctor.options(argv)
     elif script == "kernels.compile":
@@ -104,7 +104,11 @@ def test_every_command_is_understood(words: list[str], monkeypatch: pytest.Monke
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         assert [word for word in words[1:] if "=" not in word and word not in targets] == []
     elif words[0] == "pip":
-        assert words[1:] in (["install", "."], ["wheel", ".", "--no-deps"])  # setup.py, tests/csrc/test_build.py
+        assert words[1:] in (
+            ["install", "."],
+            ["install", "-c", "constraints.txt", ".[hub]"],
+            ["wheel", ".", "--no-deps"],
+        )  # setup.py, tests/csrc/test_build.py
     else:
         assert words == ["source", ".venv/bin/activate"]
 

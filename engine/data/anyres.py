@@ -18,18 +18,17 @@ Rounding is LLaVA's plain int(); transformers rounds to seven digits first, so f
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, isqrt
-from typing import Literal, TypeAlias
 
 import numpy as np
 
 from engine.data.sample import NEWLINE
+from engine.errors import UsageError
+from models.vision.preprocessing import Merge, Size
 
-Size: TypeAlias = tuple[int, int]  # (width, height)
-AspectRatio = Literal["square", "pad", "anyres"]  # how a picture becomes square tiles (image_processor.py)
-Merge = Literal["flat", "spatial", "spatial_unpad"]
 GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))  # LLaVA-NeXT's, in tiles
 
 
@@ -97,6 +96,21 @@ class Anyres:
     def most_tiles(self) -> int:
         """No picture has more."""
         return 1 + max(width // self.tile * (height // self.tile) for width, height in self.sizes)
+
+
+def read_grids(text: str) -> tuple[Size, ...]:
+    """`1x2,2x2` -> ((1, 2), (2, 2)).
+
+    Raises:
+        UsageError: it is something else.
+    """
+    found = [re.fullmatch(r"([1-9]\d?)x([1-9]\d?)", part.strip()) for part in text.split(",")]
+    sizes = tuple((int(match[1]), int(match[2])) for match in found if match is not None)
+    if len(sizes) < len(found):
+        raise UsageError(
+            f"grids of tiles must be across x down, as 2x2,1x3; got {text!r}", where="--dataset.anyres_grids"
+        )
+    return sizes
 
 
 def best_resolution(size: Size, sizes: Sequence[Size]) -> Size:

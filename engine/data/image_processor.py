@@ -1,8 +1,7 @@
 """A decoded picture to the tiles that a tower was trained on: its size, the way a picture becomes square, the colours.
 
-    LaVIN         squashed to a square, ImageNet's mean and deviation (not CLIP's)
-    CLIP, EVA     the short side to the tower's size, and the middle cut out; CLIP's mean and deviation
-    SigLIP        squashed to a square, 0.5 and 0.5
+Each family of towers says what it was trained on (models/vision/preprocessing.py): squashed to a tile, or the short
+side to the tile's and the middle cut out; its mean and deviation of colours.
 
 `pad` puts a picture on a square of the mean colour first, `anyres` gives several tiles (anyres.py). All scaling is
 PIL's bicubic filter on bytes, colours are divided by 255; EXIF orientation is not applied, as in all these projects.
@@ -18,13 +17,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from engine.data.anyres import Anyres, AspectRatio, best_resolution, fitted
+from engine.data.anyres import Anyres, best_resolution, fitted
 from engine.errors import DataError
-
-RGB = tuple[float, float, float]
-IMAGENET: tuple[RGB, RGB] = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CLIP: tuple[RGB, RGB] = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-SIGLIP: tuple[RGB, RGB] = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+from models.vision.config import TowerConfig
+from models.vision.preprocessing import LAVIN, RGB, AspectRatio, Preprocessing
 
 MAX_SCALED = 100_000_000  # pixels of a picture on its way to a tile: a thin one may become very long or very wide
 
@@ -34,8 +30,7 @@ class ImageProcessor:
     """What becomes of a picture. As it is, LaVIN's."""
 
     size: int = 224  # pixels a side of a tile
-    colours: tuple[RGB, RGB] = IMAGENET  # mean and deviation
-    crop: bool = False  # cut out the middle, instead of squashing
+    preprocessing: Preprocessing = LAVIN
     pad: bool = False  # on a square of the mean colour first
     anyres: Anyres | None = None  # several tiles
 
@@ -52,22 +47,21 @@ class ImageProcessor:
 
     def normalize(self, tiles: Tensor) -> Tensor:
         """uint8 [..., 3, H, W] -> fp32: (x / 255 - mean) / deviation."""
-        mean, deviation = (torch.tensor(values)[:, None, None] for values in self.colours)
+        mean, deviation = (torch.tensor(v)[:, None, None] for v in (self.preprocessing.mean, self.preprocessing.std))
         return (tiles.float() / 255 - mean) / deviation
 
     def _square(self, image: Image.Image) -> Image.Image:
         if self.pad:
-            image = _padded(image, self.colours[0])
-        return _middle(image, self.size) if self.crop else _squashed(image, self.size)
+            image = _padded(image, self.preprocessing.mean)
+        return _middle(image, self.size) if self.preprocessing.crop else _squashed(image, self.size)
 
 
 def processor_of(
-    family: str, size: int, *, class_tokens: bool, aspect_ratio: AspectRatio = "square", anyres: Anyres | None = None
+    tower: TowerConfig, *, aspect_ratio: AspectRatio = "square", anyres: Anyres | None = None
 ) -> ImageProcessor:
-    """What a tower of this family and image size is fed; `class_tokens`: it serves LaVIN."""
-    colours = IMAGENET if class_tokens else SIGLIP if family == "siglip" else CLIP
+    """What this tower is fed."""
     return ImageProcessor(
-        size=size, colours=colours, crop=not class_tokens and family != "siglip",
+        size=tower.picture_size, preprocessing=tower.preprocessing,
         pad=aspect_ratio == "pad", anyres=anyres if aspect_ratio == "anyres" else None,
     )  # fmt: skip
 

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.data.special_tokens import SpecialTokens, read_special_tokens
-from engine.data.tokenizer import Tokenizer, read_bytes
+from engine.data.tokenizer import NO_TOKEN, Tokenizer, read_bytes, two_ids
 from engine.errors import DataError, EnvironmentProblem
-
-NO_TOKEN = "\ufffd"
 
 
 class JsonTokenizer(Tokenizer):
@@ -24,22 +22,22 @@ class JsonTokenizer(Tokenizer):
 
     def __init__(self, path: str | Path, *, eos: str = "", pad: str = "") -> None:
         self.path = str(path)
-        said = read_special_tokens(Path(path).parent)
+        special = read_special_tokens(Path(path).parent)
         content = read_bytes(Path(path))
         # tokenizers splits at special tokens or does not, once and for all threads: one of each
         self._library, self._template = (_load(content, self.path) for _ in range(2))
         for library in (self._library, self._template):
-            _add_missing(library, said, [name for name in (eos, pad) if name], self.path)
+            _add_missing(library, special, [name for name in (eos, pad) if name], self.path)
         self._library.encode_special_tokens = True
         vocabulary = self._library.get_vocab(with_added_tokens=True)
         self.vocab_size = len(vocabulary)
         self._rows = 1 + max(vocabulary.values())
-        self.unk_id = self._id(said.unk)
-        self.eos_id = self._end(eos or said.eos, next(iter(said.eos_ids), None))
-        self.stop_ids = tuple(i for i in said.eos_ids if i != self.eos_id)
-        padding = self._id(pad or said.pad)
+        self.unk_id = self._id(special.unk)
+        self.eos_id = self._end(eos or special.eos, next(iter(special.eos_ids), None))
+        self.stop_ids = tuple(i for i in special.eos_ids if i != self.eos_id)
+        padding = self._id(pad or special.pad)
         self.pad_id = self.unk_id if padding is None else padding
-        self.bos_id = self._begin(said)
+        self.bos_id = self._begin(special)
 
     def _id(self, name: str | None) -> int | None:
         return None if name is None else self.id_of(name)
@@ -57,10 +55,10 @@ class JsonTokenizer(Tokenizer):
             )
         return found
 
-    def _begin(self, said: SpecialTokens) -> int | None:
+    def _begin(self, special: SpecialTokens) -> int | None:
         """What the files say, else what the post-processor puts before a text."""
-        if said.add_bos is not None:
-            return self._id(said.bos) if said.add_bos else None
+        if special.add_bos is not None:
+            return self._id(special.bos) if special.add_bos else None
         text, whole = (self._library.encode("x", add_special_tokens=special).ids for special in (False, True))
         return None if whole[: len(text)] == text else int(whole[0])
 
@@ -125,19 +123,15 @@ def _load(content: bytes, path: str) -> Any:
     return library
 
 
-def _add_missing(library: Any, said: SpecialTokens, wanted: Sequence[str], path: str) -> None:
+def _add_missing(library: Any, special: SpecialTokens, wanted: Sequence[str], path: str) -> None:
     """Adds what the files beside tokenizer.json list and it does not have, then `wanted`, at the end."""
     from tokenizers import AddedToken
 
-    for name, number in sorted(said.added.items(), key=lambda entry: entry[1]):
+    for name, number in sorted(special.added.items(), key=lambda entry: entry[1]):
         if library.token_to_id(name) is None:
-            library.add_tokens([AddedToken(name, special=name in said.special, normalized=False)])
+            library.add_tokens([AddedToken(name, special=name in special.special, normalized=False)])
         if library.token_to_id(name) != number:
-            raise DataError(
-                f"token {name!r} has two ids", where=path,
-                why=f"{library.token_to_id(name)} in tokenizer.json, {number} in the files beside it",
-                do="take all files of the tokenizer from one model",
-            )  # fmt: skip
+            raise two_ids(name, library.token_to_id(name), number, path)
     for name in wanted:
         if library.token_to_id(name) is None:
             library.add_special_tokens([AddedToken(name, special=True, normalized=False)])

@@ -28,6 +28,7 @@ class SpecialTokens:
     legacy: bool | None = None  # sentencepiece's white space after special tokens
     added: Mapping[str, int] = field(default_factory=dict)  # tokens that may not be in the tokenizer's own file
     special: frozenset[str] = frozenset()  # those of `added` that are no text
+    trims: bool = False  # one of them takes the white space beside it (Phi-3's), as only tokenizer.json can tell
 
 
 def read_special_tokens(folder: Path) -> SpecialTokens:
@@ -45,6 +46,7 @@ def read_special_tokens(folder: Path) -> SpecialTokens:
         legacy=_flag(config, "legacy"),
         added={name: i for name, (i, _) in decoder.items()} | listed,
         special=frozenset(name for name in special if name is not None),
+        trims=any(value.get("lstrip") or value.get("rstrip") for _, value in _added(config)),
     )  # fmt: skip
 
 

@@ -14,10 +14,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
+from engine.data.special_tokens import read_special_tokens
 from engine.errors import CheckpointError, DataError
 
 SENTENCE_PIECES = "tokenizer.model"
 JSON = "tokenizer.json"
+NO_TOKEN = "\ufffd"  # the text of an id that no token has
 
 
 class Tokenizer(ABC):
@@ -94,8 +96,9 @@ def open_tokenizer(path: str | Path, *, eos: str = "", pad: str = "") -> Tokeniz
     add them to the vocabulary where it does not have them (Imp's `</s>`, LLaMA-3's `<pad>`).
 
     Of a folder with both files it is tokenizer.json, except where that has the very tokens of the sentencepiece model
-    (LLaMA-1, LLaMA-2, Vicuna): these were trained with sentencepiece's white space, which their tokenizer.json gives
-    only in part. A folder with neither, as Meta's are, may have the file beside it.
+    and of the list of added ones (LLaMA-1, LLaMA-2, Vicuna, transformers' LLaVA of them): these were trained with
+    sentencepiece's white space, which their tokenizer.json gives only in part. A folder with neither, as Meta's are,
+    may have the file beside it.
 
     Raises:
         CheckpointError: there is no tokenizer.
@@ -107,7 +110,8 @@ def open_tokenizer(path: str | Path, *, eos: str = "", pad: str = "") -> Tokeniz
     if file is None or pieces is None:
         return _open(_existing(pieces or file, path), eos, pad)
     first, second = _open(pieces, "", ""), _open(file, eos, pad)
-    return _open(pieces, eos, pad) if first.vocab_size == second.vocab_size else second
+    is_llamas = first.vocab_size == second.vocab_size and not read_special_tokens(pieces.parent).trims
+    return _open(pieces, eos, pad) if is_llamas else second
 
 
 def _find(path: Path) -> tuple[Path | None, Path | None]:
@@ -161,6 +165,15 @@ def read_bytes(path: Path) -> bytes:
     if not content:
         raise DataError("the tokenizer is an empty file", where=str(path), do="copy it again")
     return content
+
+
+def two_ids(name: str, found: object, beside: int, path: str) -> DataError:
+    """The error of a token that its tokenizer's file and the files beside that tell differently."""
+    return DataError(
+        f"token {name!r} has two ids", where=path,
+        why=f"{found} in {Path(path).name}, {beside} in the files beside it",
+        do="take all files of the tokenizer from one model",
+    )  # fmt: skip
 
 
 def _valid(text: str) -> str:

@@ -11,7 +11,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from engine.files import TEMPORARY, beside, discard
+from engine.files import discard
+from models.weights.whole import TEMPORARY, beside
 
 HERE = Path(__file__).parent
 BASE_WEIGHTS = HERE / "base.safetensors"

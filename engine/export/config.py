@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from engine.errors import UsageError
@@ -16,6 +16,16 @@ Template = Literal[
     "imp_phi3",
 ]  # fmt: skip
 
+IDLE: dict[str, tuple[Format, ...]] = {  # flag -> formats that it changes nothing of
+    "to": (),
+    "dtype": ("lavin",),
+    "project": ("hf", "lavin"),
+    "template": ("hf", "peft", "llava", "lavin", "merged"),
+    "tokenizer": ("lavin",),
+    "vision": ("lavin",),
+    "shard_size": ("peft", "lavin"),
+}
+OF_AVERAGES = ("dtype", "shard_size")
 SLACK = 1e-6  # by which the weights of an average may miss 1: 0.1 + 0.2 + 0.7 is not 1 in binary
 
 
@@ -41,7 +51,8 @@ class ExportConfig:
     dtype: Precision = "auto"
     """Type of the written weights. auto: that of the base's files; adapters and projectors alone as trained."""
     project: Literal["auto", "llava", "bunny", "imp"] = "auto"
-    """Whose names llava and merged use. auto: the one of the three whose format says all of the model."""
+    """Whose names llava, merged and peft use, and whose chat template llava-hf has. auto: the one of the three whose
+    format says all of the model."""
     vision: str = ""
     """Folder, file or Hub id of the tower, where the checkpoint has none; also what config.json will call it."""
     tokenizer: str = ""
@@ -76,6 +87,19 @@ def check_export(config: ExportConfig) -> ExportConfig:
         parse_average(config)
     shard_bytes(config)
     return config
+
+
+def effectless(config: ExportConfig) -> list[str]:
+    """One sentence for each flag that differs from its default and changes nothing in what is written."""
+    changed = [f.name for f in fields(config) if f.name in IDLE and getattr(config, f.name) != f.default]
+    if config.average:
+        idle = [name for name in changed if name not in OF_AVERAGES]
+        return [f"--{name} has no effect with --average, which has the settings of its last folder" for name in idle]
+    notes = [f"--{name} has no effect with --to {config.to}" for name in changed if config.to in IDLE[name]]
+    if "project" in changed and config.to == "llava-hf" and (config.run or config.template != "auto"):
+        why = "a run has its own chat template" if config.run else "--template names the chat template"
+        notes.append(f"--project has no effect with --to llava-hf: {why}")
+    return notes
 
 
 def shard_bytes(config: ExportConfig) -> int:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from engine.errors import CheckpointError, UsageError
-from engine.files import TEMPORARY, beside, fsync_dir
+from models.weights.whole import TEMPORARY, beside, sync
 
 SMALL = 64 << 20  # bytes for the files beside the weights
 
@@ -41,9 +41,10 @@ def new_folder(output: Path, size: int) -> Iterator[Path]:
         raise _cannot_write(output, error) from error
     try:
         yield temporary
-        _sync(temporary)
+        for path in (*temporary.iterdir(), temporary):  # shards are already
+            sync(path)
         temporary.replace(output)  # takes the place of an empty folder
-        fsync_dir(output.parent)
+        sync(output.parent)
     except OSError as error:
         raise _cannot_write(output, error) from error
     finally:
@@ -99,11 +100,3 @@ def _cannot_write(output: Path, error: OSError) -> CheckpointError:
         f"cannot write {output}: {error.strerror or error}", where=str(error.filename or output),
         why="nothing was left behind", do="make room or the folder writable, and export again",
     )  # fmt: skip
-
-
-def _sync(folder: Path) -> None:
-    """Makes every file and the folder durable; shards are already."""
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    fsync_dir(folder)

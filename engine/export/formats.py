@@ -2,42 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from engine.errors import UsageError
+from engine.export.assemble import language_part, vlm_parts
 from engine.export.config import ExportConfig, shard_bytes
+from engine.export.dtypes import export_dtype, tower_dtype
 from engine.export.folder import write_json
 from engine.export.origin import Origin
-from engine.export.parts import (
-    KEEP,
-    export_dtype,
-    first_file,
-    language_part,
-    require_no_mma,
-    size_of,
-    tower_dtype,
-    vlm_parts,
-    why_not_lavin,
-)  # fmt: skip
+from engine.export.refusals import KEEP, require_no_mma, why_not_lavin
 from engine.export.tokenizer_files import copy_tokenizer
 from engine.tensor_file import TensorWriter
 from models.weights.lavin import write_lavin_adapters
 from models.weights.lora_files import write_peft
 from models.weights.settings import read_settings
 from models.weights.write.adapters import write_non_lora, write_projector_file
-from models.weights.write.entries import Entries, Entry, tensor_entries
+from models.weights.write.entries import Entries, Entry, size_of, tensor_entries
 from models.weights.write.generation import generation_settings
-from models.weights.write.language import language_names, language_settings
+from models.weights.write.language import guesses, language_names, language_settings
 from models.weights.write.llava import (
     NEWLINE,
     TOWER,
     FormatError,
     Project,
-    Stage,
     llava_entries,
     llava_settings,
     project_of,
@@ -45,18 +36,20 @@ from models.weights.write.llava import (
     tower_entries,
     why_not,
 )  # fmt: skip
-from models.weights.write.parts import LanguagePart, VLMParts
 from models.weights.write.shards import write_shards
+from models.weights.write.vlm import LanguagePart, VLMParts
 
 GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """An export before anything is written: its bytes of weights, and what writes it into a folder."""
+    """An export before anything is written: its bytes of weights, what writes it into a folder, and what was taken for
+    granted, a sentence each."""
 
     size: int
     write: Callable[[Path], None]
+    notes: Sequence[str] = ()
 
 
 def plan_hf(origin: Origin, config: ExportConfig) -> Plan:
@@ -70,7 +63,7 @@ def plan_hf(origin: Origin, config: ExportConfig) -> Plan:
         write_model(folder, entries, language_settings(part.config, part.said, part.dtype), config)
         _beside(folder, origin, part)
 
-    return Plan(size_of(entries), write)
+    return Plan(size_of(entries), write, guesses(part.config, part.said))
 
 
 def plan_merged(origin: Origin, config: ExportConfig) -> Plan:
@@ -82,10 +75,10 @@ def plan_merged(origin: Origin, config: ExportConfig) -> Plan:
     entries = llava_entries(parts)
 
     def write(folder: Path) -> None:
-        write_model(folder, entries, llava_settings(parts, project, _stage(origin)), config)
+        write_model(folder, entries, llava_settings(parts, project, projector_lr=origin.projector_lr), config)
         _beside(folder, origin, parts.language)
 
-    return Plan(size_of(entries), write)
+    return Plan(size_of(entries), write, guesses(parts.language.config, parts.language.said))
 
 
 def plan_llava(origin: Origin, config: ExportConfig) -> Plan:
@@ -116,10 +109,12 @@ def plan_peft(origin: Origin, config: ExportConfig) -> Plan:
         write_peft(folder, tensors, origin.language.config, lora.config, base=origin.base)
         if parts is not None and project is not None:
             write_non_lora(folder, beside)
-            write_json(folder / "config.json", llava_settings(parts, project, _stage(origin)))
+            settings = llava_settings(parts, project, projector_lr=origin.projector_lr)
+            write_json(folder / "config.json", settings)
         copy_tokenizer(origin.folders, folder)
 
-    return Plan(sum(tensor.nbytes for tensor in tensors.values()) + size_of(beside), write)
+    notes = [] if parts is None else guesses(parts.language.config, parts.language.said)
+    return Plan(sum(tensor.nbytes for tensor in tensors.values()) + size_of(beside), write, notes)
 
 
 def plan_lavin(origin: Origin, config: ExportConfig) -> Plan:
@@ -144,7 +139,7 @@ def write_model(folder: Path, entries: Entries, settings: Mapping[str, object], 
 
 def generation_of(origin: Origin, part: LanguagePart, ends_with: int | None = None) -> dict[str, object]:
     """generation_config.json: the source's, put right."""
-    file = first_file(origin.folders, GENERATION)
+    file = next((folder / GENERATION for folder in origin.folders if (folder / GENERATION).is_file()), None)
     said = None if file is None else read_settings(file).values
     return generation_settings(said, language_settings(part.config, part.said, part.dtype), answers_end_with=ends_with)
 
@@ -161,9 +156,10 @@ def _plan_projector(origin: Origin, config: ExportConfig) -> Plan:
 
     def write(folder: Path) -> None:
         write_projector_file(folder, {name: e for name, e in entries.items() if not name.startswith(TOWER)})
-        write_json(folder / "config.json", llava_settings(parts, project, Stage(True, origin.projector_lr)))
+        settings = llava_settings(parts, project, projector_only=True, projector_lr=origin.projector_lr)
+        write_json(folder / "config.json", settings)
 
-    return Plan(size_of(entries), write)
+    return Plan(size_of(entries), write, guesses(parts.language.config, parts.language.said))
 
 
 def _as_trained(origin: Origin, parts: VLMParts, config: ExportConfig) -> dict[str, Entry]:
@@ -190,7 +186,3 @@ def _project(parts: VLMParts, config: ExportConfig) -> Project:
     if reason := why_not(config.project, parts.language, tower, parts.settings):
         raise FormatError(f"{config.project} {reason}")
     return config.project
-
-
-def _stage(origin: Origin) -> Stage:
-    return Stage(projector_lr=origin.projector_lr)

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor
-
 from engine.errors import CheckpointError, UsageError
 from engine.export.origin import LoRATensors, Origin, Stage
 from engine.sources import located
@@ -19,6 +17,7 @@ from models.weights.towers import open_vision
 from models.weights.vlm_settings import VLMSettings
 
 STAGES: Mapping[str, Stage] = {"language": "none", "vlm": "full", "projector": "projector", "lora": "lora"}
+NOTHING = Checkpoint(kind="language")  # the base of what needs none
 
 
 def open_export_checkpoint(path: str, base: str, vision: str, tokenizer: str) -> Origin:
@@ -32,35 +31,46 @@ def open_export_checkpoint(path: str, base: str, vision: str, tokenizer: str) ->
     """
     folder = _existing(path, "--checkpoint")
     base_name = base or _said_base(folder)
-    under_folder = located(Path(base_name)) if base_name else None
-    under = open_checkpoint(under_folder) if under_folder is not None and under_folder.exists() else None
-    if under is not None and under.language is None:
-        raise CheckpointError(f"{base_name} holds no language model", where="--base", do="name the language model")
-    checkpoint = open_checkpoint(
-        folder, base=None if under is None or under.language is None else under.language.config
-    )
+    base_folder, trained_on = _open_base(base_name)
+    checkpoint = open_checkpoint(folder, base=None if trained_on.language is None else trained_on.language.config)
     if checkpoint.language is not None:
         if base:
             raise UsageError(f"--base {base}, and {path} is no LoRA or projector", where="--base", do="leave it out")
-        under = None
-    language = checkpoint.language if under is None else under.language
+        base_folder, trained_on = None, NOTHING
+    language = checkpoint.language or trained_on.language
     if language is None:
         said = f"; it says {base_name!r}, which is not here" if base_name else ""
         raise UsageError(
             f"{path} holds a {checkpoint.kind} without its language model{said}", where="--checkpoint",
             do="name what it was trained on with --base",
         )  # fmt: skip
-    settings = _settings(checkpoint, under, vision)
-    folders = [Path(tokenizer)] if tokenizer else []
+    settings = checkpoint.settings or trained_on.settings
+    if settings is not None and vision:
+        settings = replace(settings, tower=vision, tower_revision="")
+    newline = checkpoint.image_newline
     return Origin(
         name=path, stage=STAGES[checkpoint.kind], language=language, language_lora=_lora(checkpoint),
-        vision=_tower(checkpoint, under, settings, vision),
-        projector=_first(checkpoint.projector, None if under is None else under.projector) or {},
-        image_newline=checkpoint.image_newline if under is None or checkpoint.image_newline is not None
-        else under.image_newline,
+        vision=checkpoint.vision or trained_on.vision or _named_tower(settings, vision),
+        projector=checkpoint.projector or trained_on.projector or {},
+        image_newline=trained_on.image_newline if newline is None else newline,
         settings=settings, base=base_name or path,
-        folders=[*folders, folder, *([] if under is None or under_folder is None else [under_folder])],
+        folders=[*([Path(tokenizer)] if tokenizer else []), folder, *([base_folder] if base_folder else [])],
     )  # fmt: skip
+
+
+def _open_base(name: str) -> tuple[Path | None, Checkpoint]:
+    """-> (its folder, what it holds); nothing where it is not named, or not here.
+
+    Raises:
+        CheckpointError: it holds no language model.
+    """
+    folder = located(Path(name)) if name else None
+    if folder is None or not folder.exists():
+        return None, NOTHING
+    checkpoint = open_checkpoint(folder)
+    if checkpoint.language is None:
+        raise CheckpointError(f"{name} holds no language model", where="--base", do="name the language model")
+    return folder, checkpoint
 
 
 def _existing(name: str, flag: str) -> Path:
@@ -83,26 +93,15 @@ def _lora(checkpoint: Checkpoint) -> LoRATensors | None:
     return LoRATensors(tensors=checkpoint.lora, config=checkpoint.lora_config)
 
 
-def _settings(checkpoint: Checkpoint, under: Checkpoint | None, vision: str) -> VLMSettings | None:
-    settings = checkpoint.settings or (None if under is None else under.settings)
-    return replace(settings, tower=vision) if settings is not None and vision else settings
-
-
-def _tower(
-    checkpoint: Checkpoint, under: Checkpoint | None, settings: VLMSettings | None, vision: str
-) -> VisionSource | None:
-    """The tower in the checkpoint, else in its base, else the one that is named."""
-    held = checkpoint.vision or (None if under is None else under.vision)
-    if held is not None or settings is None:
-        return held
-    path = located(Path(settings.tower))
-    if not path.exists():
+def _named_tower(settings: VLMSettings | None, vision: str) -> VisionSource | None:
+    """The tower that `settings` name, whose weights no checkpoint holds; None where there are no settings."""
+    if settings is None:
+        return None
+    path = located(Path(settings.tower_source)) if settings.tower else None
+    if path is None or not path.exists():
+        what = f"the tower {settings.tower!r} is not here" if settings.tower else "no tower is named"
         raise CheckpointError(
-            f"the tower {settings.tower!r} is not here, and its weights are not in the checkpoint",
+            f"{what}, and its weights are not in the checkpoint",
             where="--vision" if vision else "mm_vision_tower of config.json", do="name it with --vision",
         )  # fmt: skip
     return open_vision(path, select_layer=settings.select_layer, select_feature=settings.select_feature)
-
-
-def _first(first: Mapping[str, Tensor] | None, second: Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
-    return first if first else second

@@ -10,19 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.architecture import vlm_config
+from engine.architecture import model_of
 from engine.checkpoint import load_checkpoint
-from engine.config import Config, dataset_format, longest_sample
+from engine.config import Config, dataset_format
 from engine.config_file import from_yaml
 from engine.errors import CheckpointError, UsageError
 from engine.export.lavin_args import lavin_args
 from engine.export.origin import LoRATensors, MMATensors, Origin, Stage
-from engine.pictures import anyres_of
-from engine.sources import Sources, base_paths, located, open_sources
+from engine.projector_source import with_start
+from engine.sources import Sources, base_paths, located, open_base, open_sources, start_path
 from engine.starting import best_or_latest
 from models.adapters.lora import LoRAConfig
 from models.vlm import VisionLanguageModel, VLMConfig
-from models.weights.checkpoint import open_checkpoint
 from models.weights.identity import check_identity
 from models.weights.names import check_shapes
 from models.weights.vlm_settings import VLMSettings
@@ -50,7 +49,7 @@ def open_run(path: Path, base: str, vision: str, tokenizer: str) -> Origin:
     sources = _sources(config)
     tensors, state = load_checkpoint(step, only=["model"])
     check_identity(state["base"], sources.files)
-    shape = vlm_config(config, sources.language.config, sources.vision.config, sources.neck)
+    shape = model_of(config, sources)
     _require_trained(step, tensors, shape)
     return _origin(str(path), config, sources, shape, tensors, state, vision, tokenizer)
 
@@ -70,10 +69,10 @@ def _origin(
         name=name, stage=_stage(config), language=sources.language, vision=sources.vision,
         language_trained=plain["language"], vision_trained=plain["vision"],
         language_lora=_lora(loras["language"], shape.lora), vision_lora=_lora(loras["vision"], shape.vision_lora),
-        projector=plain["projector"] or sources.neck.tensors,
-        image_newline=tensors.get("image_newline", sources.neck.image_newline),
+        projector=plain["projector"] or sources.projector.tensors,
+        image_newline=tensors.get("image_newline", sources.projector.image_newline),
         mma=MMATensors(tensors=tensors, epoch=_epoch(state), args=lavin_args(config)) if has_mma else None,
-        settings=_settings(config, sources, shape, folder, vision),
+        settings=_settings(config, sources, folder, vision),
         template="scienceqa" if dataset_format(config) == "scienceqa" else "instruction",
         projector_lr=config.optim.lr, base=config.model.language or str(folder),
         folders=_folders(tokenizer or config.model.tokenizer, folder),
@@ -132,21 +131,31 @@ def _epoch(state: Mapping[str, Any]) -> int:
     return max(0, math.ceil(seen / samples) - 1)
 
 
-def _settings(config: Config, sources: Sources, shape: VLMConfig, folder: Path, vision: str) -> VLMSettings:
-    """The seam as the run had it: what a checkpoint said at its start, its config.yaml has recorded."""
-    said = None if config.model.delta else open_checkpoint(folder).settings
-    named = config.model.vision or ("" if said is None else said.tower)
-    ratio, merge, feature = config.dataset.image_aspect_ratio, config.model.patch_merge, config.model.select_feature
-    tiles = anyres_of(config, shape)
+def _settings(config: Config, sources: Sources, folder: Path, vision: str) -> VLMSettings:
+    """How tower and language model are joined: what a checkpoint said at the start, config.yaml has recorded."""
+    start, images = start_path(config), sources.images
+    start = None if start is None else located(start)
+    began, _ = with_start(config, open_base(config, folder), sources.language.config, start)
+    feature = images.tower.select_feature
     return VLMSettings(
-        tower=vision or named or str(sources.vision.files[0].parent.resolve()), projector=shape.projector.kind,
-        select_layer=shape.vision.select_layer, select_feature="patch" if feature == "auto" else feature,
-        merge="flat" if merge == "auto" else merge, aspect_ratio="square" if ratio == "auto" else ratio,
-        grid_pinpoints=() if tiles is None else tiles.sizes,
-        scales=shape.vision.scales,
-        tower_trained=config.train.vision in ("full", "lora") or (said is not None and said.tower_trained),
-        max_length=longest_sample(config),
+        tower=vision or _tower_name(config, sources, began.settings), projector=images.projector.kind,
+        select_layer=images.tower.select_layer, select_feature="patch" if feature == "class_tokens" else feature,
+        merge=images.merge, aspect_ratio=images.aspect_ratio, grid_pinpoints=images.pinpoints,
+        scales=images.tower.scales,
+        tower_trained=config.train.vision in ("full", "lora")
+        or (began.settings is not None and began.settings.tower_trained),
+        max_length=images.max_length,
     )  # fmt: skip
+
+
+def _tower_name(config: Config, sources: Sources, settings: VLMSettings | None) -> str:
+    """The tower as a person named it, in the run or in the checkpoint that it began with; else the checkpoint that
+    holds it; else where it was found, a file or a folder."""
+    if named := config.model.vision or ("" if settings is None else settings.tower):
+        return named
+    folder, found = base_paths(config)
+    held = not {*sources.language.files}.isdisjoint(sources.vision.files)
+    return str(folder if held or found is None else found)
 
 
 def _folders(tokenizer: str, folder: Path) -> list[Path]:

@@ -22,6 +22,7 @@ LLAMA = {  # what a bare tokenizer.model does not say; "legacy" is how LLaMA-1 a
     "tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
     "add_bos_token": True, "add_eos_token": False, "legacy": True, "clean_up_tokenization_spaces": False,
 }  # fmt: skip
+LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast")
 PAD = "<pad>"
 
 
@@ -99,9 +100,19 @@ def puts_space_before(folder: Path) -> bool:
     """Whether the tokenizer puts a space before a text, and none behind a special token unless one is written: what
     transformers' LlamaTokenizer does, whichever file it reads. (A tokenizer.json of another class that prepends to each
     chunk needs no help.)"""
-    if "Llama" in str(_read(folder / CONFIG).get("tokenizer_class")) or not (folder / JSON).is_file():
+    if _read(folder / CONFIG).get("tokenizer_class") in LLAMA_CLASSES or not (folder / JSON).is_file():
         return True
-    return '"Metaspace"' in json.dumps(_read(folder / JSON).get("pre_tokenizer"))
+    return _has_metaspace(_read(folder / JSON).get("pre_tokenizer"))
+
+
+def _has_metaspace(pre_tokenizer: object) -> bool:
+    """Whether this step of a tokenizer.json, or one within it, is sentencepiece's treatment of spaces."""
+    if not isinstance(pre_tokenizer, dict):
+        return False
+    within = pre_tokenizer.get("pretokenizers")
+    return pre_tokenizer.get("type") == "Metaspace" or any(
+        _has_metaspace(step) for step in (within if isinstance(within, list) else [])
+    )
 
 
 def _described(name: str) -> dict[str, object]:

@@ -18,12 +18,13 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-from engine.files import TEMPORARY, beside, fsync_dir, sweep
+from engine.files import sweep
 from engine.loading.cache import MANIFEST, WEIGHTS, WeightCache, joined, manifest_crc
 from engine.manifest import write_new
 from engine.tensor_file import TensorWriter, file_size
 from models.placement import Bits, specs, stored
 from models.quantized import Spec, parts
+from models.weights.whole import TEMPORARY, beside, sync
 
 logger = logging.getLogger("nibble")
 
@@ -103,9 +104,9 @@ class CacheWriter:
             }  # fmt: skip
             manifest["crc32"] = manifest_crc(manifest)
             write_new(self._temporary / MANIFEST, json.dumps(manifest).encode())
-            fsync_dir(self._temporary)
+            sync(self._temporary)
             self._temporary.rename(folder)
-            fsync_dir(folder.parent)
+            sync(folder.parent)
         except OSError as error:
             self._give_up(error)
             return None

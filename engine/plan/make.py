@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 
@@ -21,6 +19,7 @@ from engine.pictures import anyres_of
 from engine.plan.cards import CARDS, Card
 from engine.plan.memory_budget import largest_pack
 from engine.plan.remedies import remedies
+from engine.plan.shapes import bytes_of as bytes_of
 from engine.plan.shapes import shapes
 from engine.plan.text import plan_text as plan_text
 from engine.plan.verdict import Memory, Planner, Verdict
@@ -114,11 +113,6 @@ def _cache_bytes(config: Config, planner: Planner) -> int:
             for name, spec in specs(module, bits=bits_of(config)[part], dtype=planner.dtype).items()
         }
     )
-
-
-def bytes_of(files: Iterable[Path]) -> int:
-    """Of all files."""
-    return sum(file.stat().st_size for file in files)
 
 
 def plan_without_weights(config: Config, num_ranks: int) -> Plan:

@@ -18,7 +18,6 @@ from models.adapters.names import is_adapter
 from models.linear import Linear
 from models.pack import Pack, Segments, named_tensors
 from models.quantized import from_parts, part_specs
-from models.vision.block import Block
 from models.vision.tower import TowerConfig
 from models.vlm import Part, VisionLanguageModel, VLMConfig
 
@@ -132,22 +131,16 @@ def pack_bytes(pack: Pack) -> int:
 
 def largest_group(model: VisionLanguageModel, dtype: torch.dtype) -> int:
     """Bytes of the largest group of quantised weights that are unpacked together; 0 where nothing is quantised."""
-    blocks = [group for block in model.vision.blocks() for group in _groups(block)]
-    groups = [*blocks, (model.language.head,), *(g for b in model.language.blocks() for g in b.groups())]
+    groups = [group for block in model.vision.blocks() for group in block.groups()]
+    groups += [group for block in model.language.blocks() for group in block.groups()]
+    groups.append((model.language.head,))
     return _largest((group for group in groups if group[0].quantized is not None), dtype)
 
 
 def largest_tower_group(model: VisionLanguageModel, dtype: torch.dtype) -> int:
     """Bytes of the largest group of the tower's, were they quantised."""
-    return _largest((group for block in model.vision.blocks()[:1] for group in _groups(block)), dtype)
+    return _largest((group for block in model.vision.blocks()[:1] for group in block.groups()), dtype)
 
 
 def _largest(groups: Iterable[tuple[Linear, ...]], dtype: torch.dtype) -> int:
     return max((dtype.itemsize * sum(n.in_features * n.out_features for n in group) for group in groups), default=0)
-
-
-def _groups(block: Block) -> list[tuple[Linear, ...]]:
-    """The linears of a tower's block, those that are applied to one x together."""
-    attention, mlp = block.attention, block.mlp
-    first = tuple(part for part in mlp.children() if isinstance(part, Linear) and part is not mlp.down)
-    return [(attention.q, attention.k, attention.v), (attention.o,), first, (mlp.down,)]

@@ -15,7 +15,7 @@ from itertools import islice
 
 import torch
 
-from engine.architecture import vlm_config
+from engine.architecture import model_of
 from engine.checkpoint import find_latest
 from engine.config import Config
 from engine.distributed import Ranks
@@ -149,7 +149,7 @@ def _planned(attempt: Attempt) -> tuple[list[str], list[tuple[str, ...]]]:
     """The table of memory, and what takes less of it."""
     config, device, choice = attempt.config, attempt.device, attempt.choice
     sources = open_sources(config)
-    shapes = vlm_config(config, sources.language.config, sources.vision.config, sources.neck)
+    shapes = model_of(config, sources)
     full = "full" in (config.train.language, config.train.vision)
     dtype, _ = choose_dtype(config.runtime.precision, device, full_training=full)
     planner = Planner(shapes, num_ranks=attempt.ranks.world, dtype=dtype, on_cuda=device.type == "cuda")

@@ -5,16 +5,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from engine.architecture import vlm_config
 from engine.config import Config
 from engine.errors import UsageError
-from engine.neck import Neck, pictures_of
-from engine.pictures import record_length, record_pictures
-from engine.sources import base_paths
-from engine.tower_choice import seen_at_scales, selected
+from engine.image_choices import choose_images, record_images
+from engine.projector_source import with_start
+from engine.sources import base_paths, open_base, start_path
+from engine.tower_choice import named_tower
 from models.language.config import DecoderConfig
 from models.language.llama import LLAMA2_7B, LLAMA2_13B, LLAMA3_8B, LLAMA_7B, LLAMA_13B
 from models.language.phi import PHI_1_5, PHI_2
@@ -25,12 +25,13 @@ from models.vision.eva import EVA02_CLIP_L_336
 from models.vision.siglip import SIGLIP_SO400M_384
 from models.vision.tower import TowerConfig
 from models.vlm import VLMConfig
-from models.weights.checkpoint import open_checkpoint
+from models.weights.checkpoint import Checkpoint
 from models.weights.families.registry import family_of
-from models.weights.parts import language_settings
+from models.weights.hub import find_cached
 from models.weights.settings import read_settings
+from models.weights.split import text_settings
 from models.weights.towers import open_vision
-from models.weights.vlm_settings import VLMSettings, is_vlm, vlm_settings
+from models.weights.vlm_settings import is_vlm, vlm_settings
 
 LANGUAGES: dict[str, DecoderConfig] = {
     "7B": LLAMA_7B, "13B": LLAMA_13B, "vicuna_7B": LLAMA_7B, "vicuna_13B": LLAMA_13B,
@@ -41,9 +42,11 @@ LANGUAGES: dict[str, DecoderConfig] = {
 }  # fmt: skip
 TOWERS: dict[str, TowerConfig] = {
     "ViT-L-14.pt": CLIP_L_14_224, "clip-vit-large-patch14": CLIP_L_14_224,
-    "clip-vit-large-patch14-336": CLIP_L_14_336, "EVA02_CLIP_L_336_psz14_s6B.pt": EVA02_CLIP_L_336,
+    "ViT-L-14-336px.pt": CLIP_L_14_336, "clip-vit-large-patch14-336": CLIP_L_14_336,
+    "EVA02_CLIP_L_336_psz14_s6B.pt": EVA02_CLIP_L_336,
     "siglip-so400m-patch14-384": SIGLIP_SO400M_384,
 }  # fmt: skip
+NOTHING = Checkpoint(kind="language")  # no file of it is here
 WEIGHTS = ("*.safetensors", "*.bin", "*.pth")
 
 
@@ -61,58 +64,60 @@ class Shapes:
 class _Language:
     config: DecoderConfig
     name: str
-    files: tuple[Path, ...] = ()  # none: no weights are here
-    settings: VLMSettings | None = None
-    tower: TowerConfig | None = None  # in the same files
+    checkpoint: Checkpoint  # without parts where no weights are here
 
 
 def shapes(config: Config) -> Shapes:
-    """The model of a command. A folder without weights counts by its config.json; one that is absent has the published
-    shape that goes by its name, and so does a tower; where none is named it is ViT-L/14.
+    """The model of a command, by the rules of a run (sources.py). A folder without weights counts by its config.json;
+    one that is absent has the published shape that goes by its name, and so does a tower; where none is named it is
+    ViT-L/14. Of weights to start from that are absent nothing is known.
 
     Raises:
+        CheckpointError: a checkpoint says nothing of its tower.
         UsageError: the folder, or the tower, is absent, and its name is no published one.
         WeightsError: what is there is wrong.
     """
-    folder, path = base_paths(config)
-    language = _language(folder)
-    settings, config = language.settings, copy.deepcopy(config)
-    neck = Neck(pictures=pictures_of(settings), projector=config.model.projector)
-    if neck.projector == "auto" and settings is not None:
-        neck = replace(neck, projector=settings.projector or "auto")
-    if language.tower is not None and not config.model.vision:
-        vision, files = language.tower, tuple[Path, ...]()
+    config = copy.deepcopy(config)
+    folder, found = base_paths(config)
+    language, start = _language(config, folder), start_path(config)
+    checkpoint, projector = with_start(
+        config, language.checkpoint, language.config, None if start is None else _here(start)
+    )
+    held = checkpoint.vision if not config.model.vision else None
+    if held is not None:
+        tower, files = held.config, tuple(held.files)
     else:
-        if settings is not None and settings.tower and not config.model.vision:
-            path = Path(settings.tower)
-        vision, files = _tower(path)
-        vision = selected(config, vision, settings, neck.projector)
-    vision = seen_at_scales(config, vision, settings)
-    record_pictures(config, neck.pictures, vision.image_size)
-    model = vlm_config(config, language.config, vision, neck)
-    record_length(config, neck.pictures, model)
-    return Shapes(model, config, language.name, _bytes((*language.files, *files)) if language.files else None)
+        tower, files = _tower(named_tower(config, checkpoint.settings, found)[0])
+    images = choose_images(config, tower, checkpoint.settings, projector.kind, held=held is not None)
+    model = vlm_config(config, language.config, images, projector)
+    record_images(config, images)
+    weights = () if language.checkpoint.language is None else language.checkpoint.language.files
+    files = tuple(dict.fromkeys((*weights, *files, *projector.files)))
+    return Shapes(model, config, language.name, bytes_of(files) if weights else None)
 
 
-def _language(folder: Path) -> _Language:
-    if any(any(folder.glob(pattern)) for pattern in WEIGHTS):
-        checkpoint = open_checkpoint(folder)
-        if checkpoint.language is not None:
-            found, tower = checkpoint.language, checkpoint.vision
-            files = tuple(dict.fromkeys((*found.files, *(tower.files if tower is not None else ()))))
-            return _Language(
-                found.config, str(folder), files, checkpoint.settings, None if tower is None else tower.config
-            )
+def _here(path: Path) -> Path | None:
+    """What a path or a Hub id names where it is on this machine; else None."""
+    return path if path.exists() else find_cached(str(path))
+
+
+def _language(config: Config, folder: Path) -> _Language:
+    has_weights = any(any(folder.glob(pattern)) for pattern in WEIGHTS)
+    if has_weights and (not config.model.delta or Path(config.model.delta).exists()):
+        checkpoint = open_base(config, folder)
+        assert checkpoint.language is not None
+        return _Language(checkpoint.language.config, str(folder), checkpoint)
     if (folder / "config.json").is_file():
         settings = read_settings(folder / "config.json")
-        language = language_settings(settings)
+        language = text_settings(settings)
         family = family_of(language)
         return _Language(
             family.config_of(language.with_defaults(family.defaults)), f"{folder} (its config.json; no weights)",
-            settings=vlm_settings(settings, settings.text("mm_projector_type")) if is_vlm(settings) else None,
+            Checkpoint(kind="vlm", settings=vlm_settings(settings, settings.text("mm_projector_type")))
+            if is_vlm(settings) else NOTHING,
         )  # fmt: skip
     if folder.name in LANGUAGES:
-        return _Language(LANGUAGES[folder.name], f"{folder.name} (published shape; no weights at {folder})")
+        return _Language(LANGUAGES[folder.name], f"{folder.name} (published shape; no weights at {folder})", NOTHING)
     raise UsageError(
         f"no weights at {folder}, and {folder.name!r} is no published size", where="--model.language",
         do=f"name a folder with weights or a config.json, or one called {', '.join(LANGUAGES)}",
@@ -137,5 +142,6 @@ def _tower(path: Path | None) -> tuple[TowerConfig, tuple[Path, ...]]:
     )  # fmt: skip
 
 
-def _bytes(files: Iterable[Path]) -> int:
+def bytes_of(files: Iterable[Path]) -> int:
+    """Of all files."""
     return sum(file.stat().st_size for file in files)

@@ -12,8 +12,8 @@ SITE, DROPOUT = 131072, 0.1
 
 def calls(draw: Draw, tokens: int, width: int) -> Iterator[Call]:
     seed = draw.below(2**40, 1)
-    for about, room in (("two branches", width), ("strided", 2 * width)):
-        a, b, dy = (draw(tokens, room)[:, :width] for _ in range(3))
-        yield Call("dropped_sum_forward", (a, b, DROPOUT, seed, SITE), about)
-        yield Call("dropped_sum_backward", (dy, DROPOUT, seed, SITE), about)
-    yield Call("dropped_sum_forward", (a, None, DROPOUT, seed, SITE), "one branch")
+    a, b, dy = (draw(tokens, width) for _ in range(3))
+    yield Call("dropped_sum_forward", (a, b, DROPOUT, seed, SITE), "two branches")
+    yield Call("dropped_sum_backward", (dy, DROPOUT, seed, SITE), "two branches")
+    strided = draw(tokens, 2 * width)[:, :width]
+    yield Call("dropped_sum_forward", (strided, None, DROPOUT, seed, SITE), "one branch, strided")

@@ -52,10 +52,10 @@ class Attention(nn.Module):
         return [*inputs, (self.o,)]
 
     def forward(self, x: Tensor, context: Context, cache: LayerCache | None) -> Tensor:  # [T, D] -> [T, D]
-        return self.o(self.values(x, context, cache), context.seed)
+        return self.o(self.head_outputs(x, context, cache), context.seed)
 
-    def values(self, x: Tensor, context: Context, cache: LayerCache | None) -> Tensor:
-        """What the heads found, before `o`: [T, D] -> [T, D]."""
+    def head_outputs(self, x: Tensor, context: Context, cache: LayerCache | None) -> Tensor:
+        """Side by side, as `o` reads them: [T, D] -> [T, D]."""
         segments = context.segments
         q, k, v = self._heads(x, context)
         if cache is not None and cache.decoding:

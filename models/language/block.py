@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernels.swiglu import swiglu, swiglu_packed
 from models.adapters.mma import MMAdapter
 from models.cache import LayerCache
+from models.halves import two_halves
 from models.language.attention import Context
 from models.language.config import DecoderConfig
 from models.language.layer import Layer
 from models.linear import Linear, calls, linears
 from models.mlp import MLP
 from models.norm import Norm
-from models.recompute import recomputed
+from models.recompute import Policy
 
 
 class GatedMLP(MLP):
@@ -33,7 +33,6 @@ class GatedMLP(MLP):
         self.down = Linear(config.ffn_dim, config.dim, bias=config.mlp_bias)
 
     def groups(self) -> list[tuple[Linear, ...]]:
-        """The linears, those together that are computed in one call."""
         inputs = [(self.gate_up,)] if self.fused else calls(self.gate, self.up)
         return [*inputs, (self.down,)]
 
@@ -67,19 +66,18 @@ class Block(Layer):
         self, x: Tensor, delta: Tensor | None, context: Context, cache: LayerCache | None = None
     ) -> tuple[Tensor, Tensor]:
         """x, delta [T, D] -> x, delta [T, D]"""
-        seed = context.seed
-        if self.policy == "keep_input" and cache is None:
-            body = partial(self._to_hidden, context=context)
-            x, delta = recomputed(body, self.mlp.down, x, delta, self.parameters(), seed)
-        elif self.policy == "recompute_mlp" and cache is None and not self._routed_early():
-            x, delta = self._attend(x, delta, context, None)
-            body = partial(self._mlp_to_hidden, context=context)
-            x, delta = recomputed(body, self.mlp.down, x, delta, self._mlp_parameters(), seed)
-        else:
-            x, delta = self._attend(x, delta, context, cache)
-            _, x, hidden = self._mlp_to_hidden(x, delta, context, cache)
-            delta = self.mlp.down(hidden, seed)
+        first = partial(self._attend, context=context, cache=cache)
+        second = partial(self._mlp_to_hidden, context=context, cache=cache)
+        x, delta = two_halves(
+            self._policy(cache), first, second, self.mlp.down, x, delta, context.seed, whole=self,
+            of_second=(self.mlp_norm, self.mlp_adapter, self.mlp),
+        )  # fmt: skip
         return x, self._branch(delta, context, 1)
+
+    def _policy(self, cache: LayerCache | None) -> Policy:
+        """Beside a cache nothing learns; the MLP alone is not computed again where it needs more than its stream."""
+        with_more = self.policy == "recompute_mlp" and self._routed_early()
+        return "save_all" if cache is not None or with_more else self.policy
 
     def _attend(
         self, x: Tensor, delta: Tensor | None, context: Context, cache: LayerCache | None
@@ -89,22 +87,12 @@ class Block(Layer):
         return x, self._branch(self.attention(h, context, cache), context, 0)
 
     def _mlp_to_hidden(
-        self, x: Tensor, delta: Tensor | None, context: Context, cache: LayerCache | None = None
+        self, x: Tensor, delta: Tensor | None, context: Context, cache: LayerCache | None
     ) -> tuple[Tensor, ...]:
         """The second half up to its last product: the stream that enters [T, D], the same as it leaves, and [T, F]."""
         early = self._routed_early()
         x, h = self._norm(x, delta, self.mlp_norm, self.mlp_adapter, context, cache, early=early)
         return x, x, self.mlp.hidden(h, context.seed)
-
-    def _to_hidden(self, x: Tensor, delta: Tensor | None, context: Context) -> tuple[Tensor, ...]:
-        """Both: the stream that enters [T, D], the one that leaves, and [T, F]."""
-        x, delta = self._attend(x, delta, context, None)
-        return x, *self._mlp_to_hidden(x, delta, context)[1:]
-
-    def _mlp_parameters(self) -> Iterator[nn.Parameter]:
-        for part in (self.mlp_norm, self.mlp_adapter, self.mlp):
-            if part is not None:
-                yield from part.parameters()
 
     def _routed_early(self) -> bool:
         """Whether the MLP's adapter reads the stream before attention, which a recomputation of the MLP has not."""

@@ -63,7 +63,7 @@ class ParallelBlock(Layer):
         self.mlp = PlainMLP(config.dim, config.ffn_dim, "gelu_tanh", bias=config.mlp_bias)
 
     def groups(self) -> list[tuple[Linear, ...]]:
-        return [*self.attention.groups(), (self.mlp.up,), (self.mlp.down,)]
+        return [*self.attention.groups(), *self.mlp.groups()]
 
     def add_adapters(self, first: MMAdapter, second: MMAdapter | None) -> None:
         if second is not None:
@@ -79,8 +79,8 @@ class ParallelBlock(Layer):
             body = partial(self._to_hidden, context=context)
             x, attended, added = recomputed(body, last, x, delta, self.parameters(), seed)
         else:
-            x, n, values = self._attend(x, delta, context, cache)
-            attended = self.attention.o(values, seed)
+            x, n, heads = self._attend(x, delta, context, cache)
+            attended = self.attention.o(heads, seed)
             x, added = self._mlp(x, n, context, again=self.policy == "recompute_mlp" and cache is None)
         return x, dropped_sum(
             self._drop_path(attended, context, 0), self._drop_path(added, context, 1),
@@ -93,9 +93,9 @@ class ParallelBlock(Layer):
         """The stream that enters, its norm as the MLP reads it (None: not computed yet), and attention up to `o`."""
         if self.attention_adapter is None:
             x, n, of_mlp = self.attention_norm.add_for_two(x, delta)
-            return x, of_mlp, self.attention.values(n, context, cache)
+            return x, of_mlp, self.attention.head_outputs(n, context, cache)
         x, n = self._norm(x, delta, self.attention_norm, self.attention_adapter, context, cache)
-        return x, None, self.attention.values(n, context, cache)
+        return x, None, self.attention.head_outputs(n, context, cache)
 
     def _mlp(self, x: Tensor, n: Tensor | None, context: Context, *, again: bool) -> tuple[Tensor, Tensor]:
         """The stream and what the MLP adds to it; `again`: it is computed again in the backward pass."""
@@ -123,6 +123,6 @@ class ParallelBlock(Layer):
 
     def _to_hidden(self, x: Tensor, delta: Tensor | None, context: Context) -> tuple[Tensor, ...]:
         """The stream that enters, the same as it leaves, attention up to `o`, [T, D] each, and [T, F]."""
-        stream, n, values = self._attend(x, delta, context, None)
+        stream, n, heads = self._attend(x, delta, context, None)
         x, hidden = self._mlp_to_hidden(stream, n, context)
-        return stream, x, values, hidden
+        return stream, x, heads, hidden

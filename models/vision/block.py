@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,10 +13,11 @@ from torch import Tensor, nn
 from kernels.attention import varlen_attention
 from kernels.rope import rope
 from models.adapters.mma import MMAdapter, PlainAdapter
-from models.linear import Linear, linears
+from models.halves import two_halves
+from models.linear import Linear, calls, linears
 from models.mlp import MLP
 from models.norm import Norm
-from models.recompute import Policy, recomputed
+from models.recompute import Policy
 from models.vision.config import TowerConfig
 
 
@@ -45,11 +45,15 @@ class Attention(nn.Module):
         self.v = Linear(width, width, bias=True)
         self.o = Linear(width, width, bias=True)
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:  # [N * P, W] -> [N * P, W]
-        return self.o(self.mixed(x, context), context.seed)
+    def groups(self) -> list[tuple[Linear, ...]]:
+        """The linears, those together that are computed in one call."""
+        return [*calls(self.q, self.k, self.v), (self.o,)]
 
-    def mixed(self, x: Tensor, context: Context) -> Tensor:
-        """The heads' results, side by side: [N * P, W] -> [N * P, W]"""
+    def forward(self, x: Tensor, context: Context) -> Tensor:  # [N * P, W] -> [N * P, W]
+        return self.o(self.head_outputs(x, context), context.seed)
+
+    def head_outputs(self, x: Tensor, context: Context) -> Tensor:
+        """Side by side, as `o` reads them: [N * P, W] -> [N * P, W]"""
         parts = linears(x, self.q, self.k, self.v, seed=context.seed)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
         if context.rope is not None:
@@ -73,19 +77,17 @@ class Block(nn.Module):
         self.attention_adapter: MMAdapter | PlainAdapter | None = None
         self.mlp_adapter: MMAdapter | None = None
 
+    def groups(self) -> list[tuple[Linear, ...]]:
+        """The linears, those together that are computed in one call."""
+        return [*self.attention.groups(), *self.mlp.groups()]
+
     def forward(self, x: Tensor, delta: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
         """x, delta [N * P, W] -> x, delta [N * P, W]"""
-        if self.policy == "keep_input":
-            body = partial(self._to_hidden, context=context)
-            x, delta = recomputed(body, self.mlp.down, x, delta, self.parameters(), context.seed)
-        elif self.policy == "recompute_mlp":
-            x, delta = self._attend(x, delta, context)
-            body = partial(self._mlp_to_hidden, context=context)
-            x, delta = recomputed(body, self.mlp.down, x, delta, self._mlp_parameters(), context.seed)
-        else:
-            x, delta = self._attend(x, delta, context)
-            _, x, hidden = self._mlp_to_hidden(x, delta, context)
-            delta = self.mlp.down(hidden, context.seed)
+        first, second = partial(self._attend, context=context), partial(self._mlp_to_hidden, context=context)
+        x, delta = two_halves(
+            self.policy, first, second, self.mlp.down, x, delta, context.seed, whole=self,
+            of_second=(self.mlp_norm, self.mlp_adapter, self.mlp),
+        )  # fmt: skip
         return x, delta
 
     def _attend(self, x: Tensor, delta: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
@@ -98,16 +100,6 @@ class Block(nn.Module):
         [N * P, M]."""
         x, h = _norm(x, delta, self.mlp_norm, self.mlp_adapter, context)
         return x, x, self.mlp.hidden(h, context.seed)
-
-    def _to_hidden(self, x: Tensor, delta: Tensor | None, context: Context) -> tuple[Tensor, ...]:
-        """Both: the stream that enters [N * P, W], the one that leaves, and [N * P, M]."""
-        x, delta = self._attend(x, delta, context)
-        return x, *self._mlp_to_hidden(x, delta, context)[1:]
-
-    def _mlp_parameters(self) -> Iterator[nn.Parameter]:
-        for part in (self.mlp_norm, self.mlp_adapter, self.mlp):
-            if part is not None:
-                yield from part.parameters()
 
 
 def _norm(

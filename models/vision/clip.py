@@ -9,7 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from models.mlp import PlainMLP
+from models.vision.block import Attention
 from models.vision.config import SelectFeature, TowerConfig
+from models.vision.preprocessing import CLIP, Preprocessing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,6 +20,7 @@ class ClipConfig(TowerConfig):
     """The shape of a CLIP vision tower; the defaults are LaVIN's ViT-L/14 at 224 pixels."""
 
     family: ClassVar[str] = "clip"
+    trained_on: ClassVar[Preprocessing] = CLIP
     has_pre_norm: ClassVar[bool] = True
     has_patch_bias: ClassVar[bool] = False
 
@@ -28,6 +32,9 @@ class ClipConfig(TowerConfig):
     mlp_dim: int = 4096
     norm_eps: float = 1e-5
     select_feature: SelectFeature = "class_tokens"
+
+    def parts(self) -> tuple[Attention, PlainMLP]:
+        return Attention(self), PlainMLP(self.width, self.mlp_dim, "quick_gelu", bias=True)
 
 
 CLIP_L_14_224 = ClipConfig()

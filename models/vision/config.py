@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from models.vision.preprocessing import LAVIN, Preprocessing
+
+if TYPE_CHECKING:
+    from models.mlp import MLP
+    from models.vision.block import Attention
+
 NUM_TAPS = 6  # image tokens of `class_tokens`: one for each block whose class token is taken
 
-SelectFeature = Literal["class_tokens", "patch", "cls_patch"]
+LayerFeature = Literal["patch", "cls_patch"]  # of one layer, as LLaVA, Bunny and Imp take it
+SelectFeature = Literal["class_tokens", LayerFeature]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TowerConfig:
-    """The shape of a tower; each family sets defaults and says what it has.
+class TowerConfig(ABC):
+    """The shape of a tower; each family sets defaults and says what it has and what its blocks are made of.
 
     select_layer counts as transformers' `hidden_states`: 0 is what the embeddings give (after the norm before the
     blocks, where there is one), k what block k gives, raw; negative ones count from the end, -1 the last block.
@@ -25,6 +33,7 @@ class TowerConfig:
     """
 
     family: ClassVar[str]
+    trained_on: ClassVar[Preprocessing]
     has_class_token: ClassVar[bool] = True
     has_pre_norm: ClassVar[bool] = False  # a norm between embeddings and blocks
     has_patch_bias: ClassVar[bool] = True
@@ -74,6 +83,15 @@ class TowerConfig:
             raise ValueError(f"select_feature 'class_tokens': {self.family} has no class token; choose 'patch'")
         if self.num_layers < NUM_TAPS:
             raise ValueError(f"a tower of {self.num_layers} blocks: at least {NUM_TAPS} are needed, one an image token")
+
+    @abstractmethod
+    def parts(self) -> tuple[Attention, MLP]:
+        """Attention and MLP of a block."""
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What the tower is fed: LaVIN feeds one whose class tokens it takes otherwise than it was trained."""
+        return LAVIN if self.select_feature == "class_tokens" else self.trained_on
 
     @property
     def head_dim(self) -> int:

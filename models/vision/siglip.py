@@ -8,7 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from models.mlp import PlainMLP
+from models.vision.block import Attention
 from models.vision.config import TowerConfig
+from models.vision.preprocessing import SIGLIP, Preprocessing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,6 +19,7 @@ class SiglipConfig(TowerConfig):
     """The shape of a SigLIP vision tower; the defaults are SigLIP-SO400M/14 at 384 pixels."""
 
     family: ClassVar[str] = "siglip"
+    trained_on: ClassVar[Preprocessing] = SIGLIP
     has_class_token: ClassVar[bool] = False
 
     width: int = 1152
@@ -25,6 +29,9 @@ class SiglipConfig(TowerConfig):
     image_size: int = 384
     mlp_dim: int = 4304
     norm_eps: float = 1e-6
+
+    def parts(self) -> tuple[Attention, PlainMLP]:
+        return Attention(self), PlainMLP(self.width, self.mlp_dim, "gelu_tanh", bias=True)
 
 
 SIGLIP_SO400M_384 = SiglipConfig()

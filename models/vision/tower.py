@@ -8,16 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kernels.activation import Activation
 from models.adapters.lora import LoRAConfig, add_lora
 from models.adapters.mma import AdapterConfig, MMAdapter, PlainAdapter
-from models.mlp import PlainMLP
 from models.norm import Norm
-from models.vision.block import Attention, Block, Context
+from models.vision.block import Block, Context
 from models.vision.config import SelectFeature, TowerConfig
-from models.vision.eva import EvaAttention, EvaConfig, EvaMLP
 from models.vision.s2 import crops, joined, rows_of_crops
-from models.vision.siglip import SiglipConfig
 
 __all__ = ["Block", "Context", "SelectFeature", "Tower", "TowerConfig", "make_tower"]
 
@@ -141,11 +137,4 @@ class Tower(nn.Module):
 
 def make_tower(config: TowerConfig) -> Tower:
     """The tower of this shape, with the `config.layers_run` blocks that are on the way to what is selected."""
-    return Tower(config, (_block(config) for _ in range(config.layers_run)))
-
-
-def _block(config: TowerConfig) -> Block:
-    if isinstance(config, EvaConfig):
-        return Block(config, EvaAttention(config), EvaMLP(config))
-    activation: Activation = "gelu_tanh" if isinstance(config, SiglipConfig) else "quick_gelu"
-    return Block(config, Attention(config), PlainMLP(config.width, config.mlp_dim, activation, bias=True))
+    return Tower(config, (Block(config, *config.parts()) for _ in range(config.layers_run)))

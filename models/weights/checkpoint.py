@@ -23,18 +23,18 @@ from models.adapters.lora import LoRAConfig
 from models.language.config import DecoderConfig
 from models.weights.errors import WeightsError
 from models.weights.families.registry import family_of
-from models.weights.hf_files import has_tensors, open_folder
-from models.weights.language import open_decoder, open_language
+from models.weights.hf_files import has_tensors
+from models.weights.language import open_language, open_parts
 from models.weights.lora_files import read_peft
 from models.weights.lora_settings import CONFIG_NAME
 from models.weights.meta import is_meta
 from models.weights.names import check_shapes
-from models.weights.parts import Parts, PartView, language_settings, split
-from models.weights.prequantized import Prequantized, check_quantization, dense
+from models.weights.prequantized import Prequantized, dense
 from models.weights.projector_files import FILES, ProjectorFile, check_projector, read_projector
 from models.weights.projector_names import our_projector_name, projector_kind
 from models.weights.settings import Settings, read_settings
 from models.weights.source import LanguageSource, VisionSource
+from models.weights.split import Parts, PartView, text_settings
 from models.weights.towers import open_tower_tensors
 from models.weights.vlm_settings import VLMSettings, is_vlm, vlm_settings
 
@@ -92,10 +92,7 @@ def _said(settings: Settings | None, projector: str) -> str:
 
 
 def _whole(folder: Path, settings: Settings, named: str) -> Checkpoint:
-    check_quantization(settings)
-    parts = split(open_folder(folder))
-    with parts.language.errors_by_names_there():
-        language = open_decoder(folder, parts.language, language_settings(settings))
+    language, parts = open_parts(folder, settings)
     if not is_vlm(settings):
         if parts.vision_names:
             raise WeightsError(
@@ -175,7 +172,7 @@ def _lora(folder: Path, settings: Settings | None, base: DecoderConfig | None, n
             do="move one of them into a folder of its own, and name the one that is meant",
         )  # fmt: skip
     if base is None and settings is not None:
-        language = language_settings(settings)
+        language = text_settings(settings)
         base = family_of(language).config_of(language)
     if base is None:
         raise WeightsError(folder, "has LoRA adapters and no config.json that says of which model",

@@ -18,7 +18,8 @@ NOT_WANTED = re.compile(r"^(consolidated|training_args|optimizer|scheduler|rng_s
 BESIDE = ("mm_projector.bin", "non_lora_trainables.bin")  # pickles of LLaVA's, whatever the other weights are
 SETTINGS = ["*.json", "*.model", "*.txt", "*.jinja"]  # configuration, tokenizer, index of shards
 
-# Revisions with a name, for files that are not those of today: Imp's SigLIP, and phi-2 with Microsoft's tensor names.
+# Revisions with a name, for files that are not those of today: Imp's SigLIP, which its checkpoints mean when they name
+# their tower (vlm_settings.py), and phi-2 with Microsoft's tensor names. README.md has both.
 REVISIONS = {
     ("google/siglip-so400m-patch14-384", "imp"): "7067f6db2baa594bab7c6d965fe488c7ac62f1c8",
     ("microsoft/phi-2", "phi-msft"): "d3186761bf5c4409f7679359284066c25ab668ee",
@@ -100,7 +101,7 @@ def _download(name: str, revision: str | None) -> Path:
     except ImportError:
         raise WeightsError(
             name, "is neither a path nor in the cache, and huggingface_hub, which downloads, is not installed",
-            do="pip install huggingface_hub, or name a folder",
+            do="pip install '.[hub]' in nibble's folder (without nvcc: pip install huggingface_hub), or name a folder",
         ) from None  # fmt: skip
     hub: Any = huggingface_hub
     try:

@@ -16,14 +16,14 @@ from models.weights.families.registry import family_of
 from models.weights.hf_files import open_folder
 from models.weights.meta import is_meta, open_meta
 from models.weights.names import Names, check_shapes, language_shapes
-from models.weights.parts import language_settings, split
 from models.weights.prequantized import Prequantized, check_quantization, take
 from models.weights.settings import Settings, read_settings
 from models.weights.source import LanguageSource
+from models.weights.split import Parts, split, text_settings
 from models.weights.vicuna import add_delta
 from models.weights.view import Tensors
 
-__all__ = ["LanguageSource", "open_decoder", "open_language"]
+__all__ = ["LanguageSource", "open_decoder", "open_language", "open_parts"]
 
 HEAD = "head.weight"
 IGNORED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")  # follow from the settings
@@ -55,11 +55,19 @@ def open_language(folder: str | Path, delta: str | Path = "", *, legacy_permutat
 
 
 def _open_folder(folder: Path) -> LanguageSource:
-    settings = read_settings(folder / "config.json")
+    return open_parts(folder, read_settings(folder / "config.json"))[0]
+
+
+def open_parts(folder: Path, settings: Settings) -> tuple[LanguageSource, Parts]:
+    """The language model in `folder`, whose config.json is `settings`, and every part that its files hold.
+
+    Raises:
+        WeightsError: as `open_language`.
+    """
     check_quantization(settings)
     parts = split(open_folder(folder))
     with parts.language.errors_by_names_there():
-        return open_decoder(folder, parts.language, language_settings(settings))
+        return open_decoder(folder, parts.language, text_settings(settings)), parts
 
 
 def open_decoder(where: Path, tensors: Tensors, settings: Settings) -> LanguageSource:

@@ -23,22 +23,23 @@ from models.vision.tower import TowerConfig
 from models.weights.archive import Shape
 from models.weights.errors import WeightsError
 from models.weights.hf_files import HfTensors
-from models.weights.lora_settings import CONFIG_NAME, check_targets, lora_config, peft_settings
+from models.weights.lora_settings import CONFIG_NAME, check_targets, lora_config_of, peft_settings
 from models.weights.lora_sites import SIDES, Site, language_linears, language_sites, linear_of, tower_sites
 from models.weights.names import check_shapes
-from models.weights.parts import split
-from models.weights.rope_order import to_half_split, to_interleaved
+from models.weights.rope_order import is_rotated, to_half_split, to_interleaved
 from models.weights.settings import read_settings
+from models.weights.split import split
 from models.weights.towers.open import export_layout
 from models.weights.view import Renamed, Tensors
 from models.weights.whole import whole
 
-__all__ = ["peft_names", "read_peft", "read_peft_tower", "to_half_split", "to_interleaved", "write_peft"]
-
 WRAPPER = "base_model.model."
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
 DEFAULT = re.compile(r"\.lora_([AB])\.default\.weight$")
-Q_OR_K = re.compile(r"layers\.\d+\.attention\.[qk]\.lora\.b")
+
+
+class TowerLoRAError(WeightsError):
+    """A LoRA that changes the vision tower too, where nobody asked for that."""
 
 
 def read_peft(
@@ -60,12 +61,10 @@ def read_peft(
     folder = Path(folder)
     parts = split(_tensors(folder))
     if parts.tower.shapes and not with_tower:
-        raise WeightsError(
+        raise TowerLoRAError(
             folder, f"also changes the vision tower: {len(parts.tower.shapes)} tensors of its LoRA, such as "
             f"{next(iter(parts.tower.shapes))}. LLaVA's training does that by accident where the tower is built first "
             "(pull request 1347)",
-            do="train again with LoRA on the language model only, or say that the tower carries one "
-            "(--train.vision lora)",
         )  # fmt: skip
     if parts.projector.shapes:
         raise WeightsError(
@@ -73,7 +72,7 @@ def read_peft(
         )
     tensors, lora = _read(folder, parts.language, language_sites(config, parts.language.shapes))
     if config.rope_interleaved:
-        for name in filter(Q_OR_K.fullmatch, tensors):
+        for name in filter(is_rotated, tensors):
             tensors[name] = to_interleaved(tensors[name], config.head_dim, config.rotary_dim)
     return tensors, lora
 
@@ -128,7 +127,7 @@ def peft_names(config: DecoderConfig) -> dict[str, str]:
 def _as_theirs(name: str, tensors: Mapping[str, Tensor], config: DecoderConfig) -> Tensor:
     """An own tensor on the host: no view of a larger one, and q and k as transformers has them."""
     tensor = tensors[name].detach().to("cpu")
-    if config.rope_interleaved and Q_OR_K.fullmatch(name):
+    if config.rope_interleaved and is_rotated(name):
         return to_half_split(tensor, config.head_dim, config.rotary_dim)
     return tensor.contiguous()
 
@@ -148,7 +147,7 @@ def _tensors(folder: Path) -> Tensors:
 def _read(folder: Path, tensors: Tensors, sites: list[Site]) -> tuple[dict[str, Tensor], LoRAConfig]:
     settings = read_settings(folder / CONFIG_NAME)
     begun = {linear_of(site.name) for site in sites if any(name in tensors.shapes for name in site.expected(1))}
-    lora = lora_config(settings, [name for name in dict.fromkeys(linear_of(s.name) for s in sites) if name in begun])
+    lora = lora_config_of(settings, [name for name in dict.fromkeys(linear_of(s.name) for s in sites) if name in begun])
     held = [site for site in sites if linear_of(site.name) in begun]
     expected: dict[str, Shape] = {}
     for site in held:

@@ -30,7 +30,7 @@ PLAIN: dict[str, tuple[object, ...]] = {
 }  # fmt: skip
 
 
-def lora_config(settings: Settings, targets: Sequence[str]) -> LoRAConfig:
+def lora_config_of(settings: Settings, targets: Sequence[str]) -> LoRAConfig:
     """The numbers of a LoRA whose tensors are on `targets` (our names).
 
     Raises:

@@ -24,8 +24,8 @@ from models.projectors.config import GROUP, GROUPED
 from models.weights.archive import Archive, Shape, open_archive
 from models.weights.errors import WeightsError
 from models.weights.names import check_shapes, shapes_of
-from models.weights.parts import PartView
 from models.weights.projector_names import BUNNY, our_projector_name, projector_kind, their_projector_name
+from models.weights.split import PartView
 from models.weights.view import FileView
 
 FILES = ("mm_projector.bin", "mm_projector.safetensors", "non_lora_trainables.bin")

@@ -59,7 +59,7 @@ def projector_kind(leaves: Iterable[str], said: str = "") -> str:
     if len(fitting) > 1 and said not in fitting:
         raise ValueError(
             f"a projector of {', '.join(sorted(found))} may be {' or '.join(fitting)}: say which as mm_projector_type "
-            "in the config.json beside it, or with --model.projector"
+            "in the config.json beside it"
         )
     if fitting:
         return said if said in fitting else fitting[0]

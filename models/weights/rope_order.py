@@ -3,7 +3,16 @@ i + d/2 (half-split: Hugging Face's). Rows of q and k in one order, moved to the
 
 from __future__ import annotations
 
+import re
+
 from torch import Tensor
+
+ROTATED = re.compile(r"layers\.\d+\.attention\.[qk]\.(weight|bias|lora\.b)")
+
+
+def is_rotated(name: str) -> bool:
+    """Whether the tensor of this name (ours within a language model) has a row for each channel of q or k."""
+    return ROTATED.fullmatch(name) is not None
 
 
 def to_interleaved(rows: Tensor, head_dim: int, rotary_dim: int | None = None) -> Tensor:

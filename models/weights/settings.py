@@ -18,6 +18,7 @@ MOST_VOCABULARY = 1 << 20
 MOST_WIDTH = 1 << 17
 MOST_LAYERS = 1 << 10
 MOST_POSITIONS = 1 << 24
+MOST_PIXELS = 1 << 14  # a side of a picture or a tile
 
 
 class Settings:

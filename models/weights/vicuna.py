@@ -11,11 +11,10 @@ from torch import Tensor
 from models.language.config import DecoderConfig
 from models.quantized import Packed
 from models.weights.errors import WeightsError
-from models.weights.rope_order import to_half_split, to_interleaved
+from models.weights.rope_order import is_rotated, to_half_split, to_interleaved
 from models.weights.source import LanguageSource
 
 SHAPE = ("family", "dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim", "qkv_bias", "o_bias", "mlp_bias")
-ROTATED = ("attention.q.weight", "attention.k.weight")
 ROWS = 256  # that are added at a time
 
 
@@ -40,7 +39,7 @@ def add_delta(
 
     def change(name: str) -> Tensor:
         tensor = _plain(delta.fetch(name), name, folder)
-        if not name.endswith(ROTATED) or interleaved == legacy_permutation:
+        if not is_rotated(name) or interleaved == legacy_permutation:
             return tensor
         return to_interleaved(tensor, head_dim) if interleaved else to_half_split(tensor, head_dim)
 

@@ -9,21 +9,22 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from pathlib import Path
+from typing import TypeVar
 
+from models.vision.config import LayerFeature
+from models.vision.preprocessing import AspectRatio, Merge, Size
 from models.weights.errors import WeightsError
-from models.weights.settings import MOST_LAYERS, MOST_POSITIONS, Settings
+from models.weights.hub import REVISIONS
+from models.weights.settings import MOST_LAYERS, MOST_PIXELS, MOST_POSITIONS, Settings
+from models.weights.towers.registry import family_described
 
-Feature = Literal["patch", "cls_patch"]
-Merge = Literal["flat", "spatial", "spatial_unpad"]
-AspectRatio = Literal["square", "pad", "anyres"]
-Sizes = tuple[tuple[int, int], ...]
 ChoiceT = TypeVar("ChoiceT", bound=str)
 
 MOST_SIZES = 1 << 10  # that a grid may have
-MOST_PIXELS = 1 << 16  # a side
 S2_SCALES = "384,768,1152"  # Bunny's
 TOWER_TRAINED = ("unfreeze_mm_vision_tower", "unfreeze_vision_tower")  # LLaVA's key, Bunny's
+IMP = ("imp", "imp_phi3")  # model_type
 REFUSED = {  # keys that would need another model -> what they would need
     "mm_use_im_start_end": "tokens around an image",
     "mm_use_im_patch_token": "a token of its own for each patch",
@@ -37,13 +38,21 @@ class VLMSettings:
     tower: str  # mm_vision_tower as its author typed it: a Hub id or a path; empty where the file does not say
     projector: str  # mm_projector_type: linear, mlp2x_gelu, identity, ...
     select_layer: int = -2  # index into (embeddings, output of block 1, ...)
-    select_feature: Feature = "patch"
+    select_feature: LayerFeature = "patch"
     merge: Merge = "flat"  # how the tokens of an image's tiles are put together
     aspect_ratio: AspectRatio = "square"
-    grid_pinpoints: Sizes = ()  # (width, height) in pixels: the sizes that anyres may choose
+    grid_pinpoints: tuple[Size, ...] = ()  # (width, height) in pixels: the sizes that anyres may choose
     scales: tuple[int, ...] = ()  # S2: pixels a side at which the tower sees a picture; empty: at its own size alone
     tower_trained: bool = False  # the tower's weights are in the checkpoint and are not those of `tower`
+    tower_revision: str = ""  # a name in hub.REVISIONS, where the tower's files of today are not those it was built on
     max_length: int | None = None  # tokens
+
+    @property
+    def tower_source(self) -> str:
+        """What to open as the tower: its name, behind it the revision where one is meant and no such path is here."""
+        if not self.tower_revision or Path(self.tower).exists():
+            return self.tower
+        return f"{self.tower}@{self.tower_revision}"
 
 
 def is_vlm(settings: Settings) -> bool:
@@ -71,8 +80,10 @@ def _llava(settings: Settings, projector: str) -> VLMSettings:
         raise _without_projector(settings, said)
     if projector and said != projector:
         raise WeightsError(settings.path, f"mm_projector_type is {said!r}, and the tensors are those of {projector!r}")
+    tower = settings.text("mm_vision_tower")
     return VLMSettings(
-        tower=settings.text("mm_vision_tower"), projector=said, select_layer=_layer(settings, "mm_vision_select_layer"),
+        tower=tower, tower_revision=_revision(settings, tower), projector=said,
+        select_layer=_layer(settings, "mm_vision_select_layer"),
         select_feature=_one_of(settings, "mm_vision_select_feature", "patch", "cls_patch"),
         merge=_one_of(settings, "mm_patch_merge_type", "flat", "spatial", "spatial_unpad"),
         aspect_ratio=_one_of(settings, "image_aspect_ratio", "square", "pad", "anyres"),
@@ -88,10 +99,11 @@ def _transformers(settings: Settings, projector: str) -> VLMSettings:
         raise _without_projector(settings, "mlp2x_gelu")
     vision = settings.inner("vision_config") or Settings(settings.path, {})
     drops = _one_of(settings, "vision_feature_select_strategy", "default", "full") == "default"
-    has_class_token = "siglip" not in vision.text("model_type")
+    family = family_described(vision)
+    has_class_token = family.config.has_class_token
     if drops and not has_class_token:
-        raise WeightsError(settings.path, "vision_feature_select_strategy 'default' drops the first patch of a SigLIP, "
-                           "which has no class token; 'full' is supported")  # fmt: skip
+        raise WeightsError(settings.path, f"vision_feature_select_strategy 'default' drops the first patch of a "
+                           f"{family.name} tower, which has no class token; 'full' is supported")  # fmt: skip
     is_next = settings.text("model_type") == "llava_next"
     return VLMSettings(
         tower=settings.text("mm_vision_tower") or vision.text("_name_or_path"), projector=projector,
@@ -109,6 +121,11 @@ def _without_projector(settings: Settings, kind: str) -> WeightsError:
         settings.path, f"describes a projector of kind {kind}, and none is among the tensors",
         do="get all files of the model, its projector too",
     )  # fmt: skip
+
+
+def _revision(settings: Settings, tower: str) -> str:
+    """That of Imp's own copy of SigLIP."""
+    return "imp" if settings.text("model_type") in IMP and (tower, "imp") in REVISIONS else ""
 
 
 def _layer(settings: Settings, key: str) -> int:
@@ -144,7 +161,7 @@ def _one_of(settings: Settings, key: str, *accepted: ChoiceT) -> ChoiceT:
     raise WeightsError(settings.path, f"{key} {value!r} is not supported; accepted are {', '.join(accepted)}")
 
 
-def _sizes(settings: Settings) -> Sizes:
+def _sizes(settings: Settings) -> tuple[Size, ...]:
     """image_grid_pinpoints in the file's order of sides: a list, or in old files a string of one."""
     value = settings.values.get("image_grid_pinpoints")
     if isinstance(value, str):

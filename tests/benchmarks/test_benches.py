@@ -21,7 +21,7 @@ from benchmarks.problem import Bench, Case, Inputs, Mode, Problem, Variant, norm
 from benchmarks.rows import MODES, Row, parse
 from benchmarks.session import measure
 from kernels import library, unpacked
-from tests.benchmarks.made_up import ORIGIN
+from tests.benchmarks.made_up_rows import ORIGIN
 
 CPU = torch.device("cpu")
 GPU_ONLY = {"compile", "varlen", "nibble_triton"}  # the interpreter has no bf16 products

@@ -15,7 +15,7 @@ import torch
 from benchmarks import checks, command, end_to_end, suite
 from benchmarks.rows import Recorder, read
 from engine.op_checks import OpCheck
-from tests.benchmarks.made_up import row
+from tests.benchmarks.made_up_rows import row
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -22,7 +22,7 @@ from benchmarks.workload import Workload, of_lengths, workload
 from engine.data.packing import filled_tokens
 from models.adapters.mma import AdapterConfig
 from models.vlm import VisionLanguageModel
-from tests.benchmarks.made_up import ORIGIN
+from tests.benchmarks.made_up_rows import ORIGIN
 
 CPU = torch.device("cpu")
 TOY = end_to_end.SHAPES["toy"]

@@ -17,7 +17,7 @@ from benchmarks.trainers import packs_of
 from engine.data.packing import filled_tokens, form_of
 from models.linear import LoRA
 from models.vlm import VisionLanguageModel
-from tests.benchmarks.made_up import ORIGIN
+from tests.benchmarks.made_up_rows import ORIGIN
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,7 @@ from benchmarks import suite
 from benchmarks.conditions import Condition, Goal, judge
 from benchmarks.goals import GOALS
 from benchmarks.problem import Yardstick
-from tests.benchmarks.made_up import all_fulfilling, fulfilling, row, shape
+from tests.benchmarks.made_up_rows import all_fulfilling, fulfilling, row, shape
 
 CASES = ("T=1 D=8", "T=2 D=8")
 FASTER = Condition("times liger", "rope", "full", CASES, ">=", 2.0, peer="liger")

@@ -17,7 +17,7 @@ from benchmarks.rows import Row, parse, read
 from engine.plan.cards import CARDS
 from models.recompute import ActivationPolicy
 from models.vlm import VLMConfig
-from tests.benchmarks.made_up import row
+from tests.benchmarks.made_up_rows import row
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

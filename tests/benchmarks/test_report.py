@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import report
 from benchmarks.goals import GOALS
-from tests.benchmarks.made_up import all_fulfilling, record, row
+from tests.benchmarks.made_up_rows import all_fulfilling, record, row
 
 G5, G12 = GOALS[4], GOALS[11]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.rows import Recorder, latest, parse, read, run_name
-from tests.benchmarks.made_up import ORIGIN, row
+from tests.benchmarks.made_up_rows import ORIGIN, row
 
 
 def test_a_row_comes_back_as_it_was(tmp_path: Path) -> None:

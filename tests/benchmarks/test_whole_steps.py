@@ -18,7 +18,7 @@ from benchmarks.problem import Yardstick
 from benchmarks.rows import Row, parse
 from benchmarks.whole_steps import Entrant, Steps, busy_time, measure_steps, profile_steps
 from benchmarks.workload import Workload, workload
-from tests.benchmarks.made_up import ORIGIN, row
+from tests.benchmarks.made_up_rows import ORIGIN, row
 
 CPU = torch.device("cpu")
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import export
-from engine.architecture import vlm_config
+from engine.architecture import record
 from engine.chat import chat
 from engine.checkpoint import find_latest, load_checkpoint
 from engine.config_file import from_yaml
@@ -119,5 +119,4 @@ def test_what_does_not_go_together(tmp_path: Path, more: tuple[str, ...], error:
     bunny(tmp_path, "mlp2x_gelu", (SIDE, 2 * SIDE))
     config, _ = parse_train(flags_of(tmp_path, *more))
     with pytest.raises(error, match=message):
-        sources = open_sources(config)
-        processor(config, vlm_config(config, sources.language.config, sources.vision.config, sources.neck))
+        processor(config, record(config, open_sources(config)))

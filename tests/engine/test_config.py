@@ -12,6 +12,16 @@ from engine.config import ChatConfig, Config, EvalConfig, Optim, get, leaves, ru
 from engine.config_file import from_yaml, to_yaml
 from engine.errors import UsageError
 from engine.flags import parse_eval, parse_train
+from kernels.lora_linear import LARGEST_RANK
+from models.projectors.config import KINDS
+
+
+def test_what_the_checks_accept_is_what_there_is() -> None:
+    for kind in (*KINDS, "mlp3x_gelu", "auto"):
+        config = Config()
+        config.model.projector = kind
+        validate(config)
+    assert BOUNDS["lora.rank"].high == LARGEST_RANK + 1
 
 
 @pytest.mark.parametrize("tree", [Config, EvalConfig, ChatConfig])

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.architecture import record, vlm_config
+import export
+from engine.architecture import model_of, record
 from engine.build import build_model
 from engine.checkpoint import find_latest, load_checkpoint
 from engine.config import Config
@@ -20,6 +21,8 @@ from engine.config_file import from_yaml
 from engine.errors import CheckpointError, UsageError
 from engine.flags import parse_chat, parse_train
 from engine.loading.cache import cache_of
+from engine.plan.make import plan_without_weights
+from engine.plan.shapes import shapes
 from engine.run import train
 from engine.sources import open_sources
 from engine.trained import open_trained
@@ -27,8 +30,10 @@ from kernels.nf4 import quantize_nf4
 from kernels.nf4_bitsandbytes import to_serialized
 from models.adapters.lora import LoRAConfig
 from models.language.phi import PhiConfig
+from models.vlm import VisionLanguageModel
 from models.weights.lora_files import write_peft
 from tests.engine.tiny_folders import DIM, WIDTH, make_home
+from tests.world import make_base, make_tokenizer
 
 CPU = torch.device("cpu")
 LORA = ["--train.language", "lora", "--lora.rank", "4", "--lora.alpha", "8"]
@@ -142,7 +147,7 @@ def test_what_auto_comes_to(
 ) -> None:
     config, _ = parse_train(flags_of(home, tmp_path, *more, tower=tower))
     sources = open_sources(config)
-    shape = vlm_config(config, sources.language.config, sources.vision.config, sources.neck)
+    shape = model_of(config, sources)
     assert (shape.projector.kind, shape.tokens_per_tile) == (projector, tokens)
     assert isinstance(shape.language, PhiConfig) and shape.language.residual_dropout == 0.1
 
@@ -187,7 +192,7 @@ def test_a_run_starts_from_a_projector_and_a_lora(home: Path, tmp_path: Path) ->
     beside = parse_train(flags_of(home, tmp_path, "--train.language", "lora", *start[:2], "--model.vision", ""))[0]
     sources = open_sources(beside)
     assert sources.vision.config.select_layer == -3 and sources.files[-1].name == "non_lora_trainables.bin"
-    assert all(torch.equal(sources.neck.tensors[name], tensor) for name, tensor in weights.items())
+    assert all(torch.equal(sources.projector.tensors[name], tensor) for name, tensor in weights.items())
 
     with pytest.raises(UsageError, match="6 / 2 B A, this command says 16 / 2"):
         run_train(flags_of(home, tmp_path / "other", "--train.language", "lora", *start, "--lora.alpha", "16"))
@@ -211,7 +216,7 @@ def test_what_does_not_go_together(home: Path, tmp_path: Path, more: tuple[str, 
     with pytest.raises(UsageError) as caught:
         config, _ = parse_train(flags_of(home, tmp_path, *more))
         sources = open_sources(config)
-        vlm_config(config, sources.language.config, sources.vision.config, sources.neck)
+        model_of(config, sources)
     assert re.search(message, str(caught.value), re.DOTALL)
 
 
@@ -307,3 +312,106 @@ def test_a_lora_is_no_language_model(home: Path, tmp_path: Path) -> None:
     config.model.language = str(tmp_path / "lora")
     with pytest.raises(CheckpointError, match="holds a lora, and no language model"):
         open_sources(config)
+
+
+def test_what_is_exported_is_trained_planned_and_talked_to(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A LLaMA with nothing but a tokenizer.model, whose vocabulary --to llava-hf fills up for <image>."""
+    from engine.chat import chat
+
+    base, first = tmp_path / "base", tmp_path / "first"
+    base.mkdir()
+    pieces = make_tokenizer(base / "tokenizer.model")
+    make_base(base, base / "tokenizer.model")
+    tower = ["--model.vision", str(home / "siglip")]
+    run_train(flags_of(home, first, *LORA, "--model.language", str(base)), max_steps=1)
+    for to, vision, rows in (("llava-hf", [], 384), ("hf", tower, pieces)):
+        out, run = tmp_path / to, tmp_path / f"{to}-run"
+        assert export.main(["--run", str(first), "--to", to, "--output", str(out)]) == 0
+        assert not (out / "tokenizer.json").exists() and (out / "tokenizer.model").is_file()
+        flags = [*flags_of(home, run, *LORA), "--model.language", str(out), "--model.vision", *(vision[1:] or [""])]
+        plan = plan_without_weights(parse_train([*flags, "--plan"])[0], 1)
+        planned = shapes(parse_train(flags)[0])
+        run_train(flags, max_steps=1)
+        opened = open_trained(from_yaml(run / "config.yaml"), run)
+        assert opened.model.config == planned.model and planned.model.language.vocab_size == rows
+        assert sum(plan.parameters.values()) == sum(p.numel() for p in VisionLanguageModel(planned.model).parameters())
+        found = [opened.tokenizer.id_of(token) for token in ("<pad>", "<image>")]
+        assert found == ([pieces, pieces + 1] if to == "llava-hf" else [None, None])
+        capsys.readouterr()
+        asked = ["--run", str(run), "--image", str(home / "red.png"), "--question", "What is shown?"]
+        assert chat(parse_chat([*asked, "--max_new_tokens", "6", "--temperature", "0"])) == 0
+
+
+def test_a_plan_counts_what_a_run_trains(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A projector and a LoRA folder, with its settings, to start from; and no LoRA that nobody named."""
+    generator = torch.Generator().manual_seed(3)
+    torch.save(
+        {f"mm_projector.{leaf}": torch.randn(size, generator=generator)
+         for leaf, size in (("weight", (DIM, WIDTH)), ("bias", (DIM,)))}, tmp_path / "mm_projector.bin",
+    )  # fmt: skip
+    lora = LoRAConfig(rank=2, alpha=6.0, targets=("attention.q",))
+    update = {f"layers.{i}.attention.q.lora.{side}": torch.zeros(size) for i in range(2)
+              for side, size in (("a", (2, DIM)), ("b", (DIM, 2)))}  # fmt: skip
+    shape = open_sources(parse_train(flags_of(home, tmp_path, *LORA))[0]).language.config
+    write_peft(tmp_path / "lora", update, shape, lora)
+    shutil.copy(tmp_path / "mm_projector.bin", tmp_path / "lora" / "non_lora_trainables.bin")
+    said = {"model_type": "phi", "mm_vision_tower": str(home / "clip"), "mm_projector_type": "linear",
+            "mm_vision_select_layer": -3, "image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial",
+            "tokenizer_model_max_length": 777}  # fmt: skip
+    (tmp_path / "lora" / "config.json").write_text(json.dumps(said))
+    monkeypatch.chdir(tmp_path / "lora")
+    start = ["--adapter.init", str(tmp_path / "lora"), "--train.language", "lora"]
+    no_flags = ["--model.vision", "", "--dataset.max_seq_len", "None"]
+    for more, kind, rank, layer in (
+        (["--model.projector_weights", str(tmp_path / "mm_projector.bin"), *LORA], "linear", 4, -2),
+        ([*start, *no_flags], "linear", 2, -3),
+        (["--train.language", "lora"], "mlp2x_gelu", 64, -2),
+    ):  # fmt: skip
+        flags = flags_of(home, tmp_path / "run", *more)
+        planned, (config, _) = shapes(parse_train(flags)[0]), parse_train(flags)
+        sources = open_sources(config)
+        assert planned.model == record(config, sources)
+        assert planned.weight_bytes == sum(file.stat().st_size for file in sources.files)
+        found = planned.model.projector.kind, planned.model.lora.rank, planned.model.vision.select_layer
+        assert found == (kind, rank, layer)
+        for part in (planned.config.model, planned.config.dataset):
+            assert part in (config.model, config.dataset)
+    assert (
+        config.dataset.max_seq_len == 160
+        and shapes(parse_train(flags_of(home, tmp_path, *start, *no_flags))[0]).config.dataset.max_seq_len == 777
+    )
+
+
+def test_a_checkpoints_tower_is_not_chosen_anew(home: Path, tmp_path: Path) -> None:
+    """Neither by a run nor by its plan."""
+    llava_folder(home, tmp_path / "bunny")
+    file = tmp_path / "bunny" / "model.safetensors"
+    tower = load_file(home / "siglip" / "model.safetensors")
+    inside = {f"model.vision_tower.vision_tower.{name}": tensor for name, tensor in tower.items()}
+    save_file(load_file(file) | inside, file, {"format": "pt"})
+    config_file = tmp_path / "bunny" / "config.json"
+    settings = json.loads(config_file.read_text()) | {"unfreeze_vision_tower": True}
+    settings["vision_config"] = json.loads((home / "siglip" / "config.json").read_text())
+    config_file.write_text(json.dumps(settings))
+    flags = flags_of(home, tmp_path, *LORA, "--model.language", str(tmp_path / "bunny"), "--model.vision", "")
+    config = parse_train(flags)[0]
+    assert record(config, open_sources(config)) == shapes(parse_train(flags)[0]).model
+    for opener in (open_sources, shapes):
+        with pytest.raises(UsageError, match="tower was trained with -3"):
+            opener(parse_train([*flags, "--model.select_layer", "-2"])[0])
+
+
+def test_settings_that_name_no_tower(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not looked for in the current directory."""
+    llava_folder(home, tmp_path / "bunny")
+    config_file = tmp_path / "bunny" / "config.json"
+    config_file.write_text(config_file.read_text().replace(str(home / "siglip"), ""))
+    flags = flags_of(home, tmp_path, *LORA, "--model.language", str(tmp_path / "bunny"))
+    monkeypatch.chdir(home / "siglip")
+    for opener in (open_sources, shapes):
+        with pytest.raises(CheckpointError, match="and the checkpoint names none") as caught:
+            opener(parse_train([*flags, "--model.vision", ""])[0])
+        assert "--model.vision" in caught.value.do
+        opener(parse_train(flags)[0])

@@ -12,35 +12,28 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models.language.decoder import DecoderConfig
-from models.language.llama import LlamaConfig
-from models.language.phi import PhiConfig
-from models.language.phi3 import Phi3Config
-from models.language.stablelm import StableLMConfig
-from models.vision.clip import ClipConfig
 from models.vision.eva import EvaConfig
 from models.vision.siglip import SiglipConfig
-from models.vision.tower import TowerConfig
 from models.weights.families.registry import family_named
 from models.weights.names import language_shapes
 from models.weights.towers import clip, eva, siglip
 from models.weights.towers.layout import tower_shapes
+from tests.models.shapes import DIM, SIDE, WIDTH, language, tower
 from tests.world import make_rows
 
-VOCABULARY, DIM, WIDTH, SIDE = 99, 32, 24, 12
-PATCHES = 9
-_SHAPE = {"vocab_size": VOCABULARY, "dim": DIM, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4, "ffn_dim": 48}
-_TOWER = {"width": WIDTH, "num_layers": 3, "num_heads": 3, "patch_size": 4, "image_size": SIDE, "mlp_dim": 40}
-LANGUAGES: dict[str, DecoderConfig] = {
-    "phi": PhiConfig(**_SHAPE, norm_eps=1e-5, rotary_dim=4, residual_dropout=0.1),
-    "llama": LlamaConfig(**_SHAPE | {"num_kv_heads": 2}, norm_eps=1e-5, rope_interleaved=False),
-    "phi3": Phi3Config(**_SHAPE, norm_eps=1e-5),
-    "stablelm": StableLMConfig(**_SHAPE, norm_eps=1e-5, rotary_dim=2),
-}  # fmt: skip
-TOWERS: dict[str, TowerConfig] = {
-    "siglip": SiglipConfig(**_TOWER, select_layer=-1),
-    "clip": ClipConfig(**_TOWER | {"num_layers": 6}, select_feature="patch", select_layer=-1),
-    "eva": EvaConfig(**_TOWER | {"width": 64, "num_heads": 1}, select_layer=-1),  # its heads have 64 channels
+__all__ = ["DIM", "SIDE", "WIDTH"]
+VOCABULARY = 99  # of the tokenizer, and one that has no token
+_SIZES = {"vocab_size": VOCABULARY}
+LANGUAGES = {
+    "phi": language("phi", **_SIZES, residual_dropout=0.1),
+    "llama": language("llama-3", **_SIZES),
+    "phi3": language("phi3", **_SIZES),
+    "stablelm": language("stablelm", **_SIZES),
+}
+TOWERS = {
+    "siglip": tower("siglip", select_layer=-1),
+    "clip": tower("clip", num_layers=6, select_layer=-1),
+    "eva": tower("eva", width=64, num_heads=1, select_layer=-1),  # its heads have 64 channels
 }
 Shapes = Mapping[str, tuple[int, ...]]
 

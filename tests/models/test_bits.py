@@ -18,6 +18,7 @@ from tests.models.tiny import (
     assert_close,
     assert_gradients_close,
     gradients,
+    packed_copy,
     random_samples,
     tiny_config,
     tiny_model,
@@ -45,18 +46,8 @@ def rounded(weight: Tensor, bits: int) -> Tensor:
 
 
 def filled(source: VisionLanguageModel, bits: dict[str, int]) -> VisionLanguageModel:
-    """A model built on the meta device, filled from `source`, with `source`'s adapters."""
-    with torch.device("meta"):
-        model = VisionLanguageModel(source.config)
-    model.start_trainable(0, CPU)
-    for part in PARTS:
-        stream = ((n.removeprefix(f"{part}."), p) for n, p in frozen(source).items() if n.startswith(part))
-        module = model.get_submodule(part)
-        bits_of = lambda name, part=part: bits[f"{part}.{name}"]  # noqa: E731
-        fill(module, stream, bits=bits_of, device=CPU, dtype=torch.float32, source="test")
-    for name, parameter in source.trainable().items():
-        model.get_parameter(name).data.copy_(parameter)
-    return model
+    """The same, stored in `bits` of a name in the joint model."""
+    return packed_copy(source, lambda part, name: bits[f"{part}.{name}"])
 
 
 def run(model: VisionLanguageModel) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

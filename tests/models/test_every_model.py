@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from itertools import product
 from typing import Any
 
@@ -22,41 +21,27 @@ from engine.scaler import LossScaler
 from engine.step import train_step
 from models.adapters.lora import LoRAConfig
 from models.adapters.mma import AdapterConfig
-from models.adapters.names import is_adapter
-from models.language.decoder import DecoderConfig
-from models.language.llama import LlamaConfig
-from models.language.phi import PhiConfig
-from models.language.phi3 import Phi3Config
-from models.language.stablelm import StableLMConfig
 from models.pack import Pack
-from models.placement import fill
 from models.projector import ProjectorConfig
-from models.vision.clip import ClipConfig
-from models.vision.eva import EvaConfig
-from models.vision.siglip import SiglipConfig
-from models.vision.tower import TowerConfig
 from models.vlm import VisionLanguageModel, VLMConfig
+from tests.models import shapes
+from tests.models.drawn import CPU, filled, frozen_tensors
+from tests.models.shapes import VOCAB
 from tests.models.tiny import tiny_model
 
-CPU = torch.device("cpu")
-VOCAB, DIM = 61, 32
-SHAPE: dict[str, Any] = {
-    "vocab_size": VOCAB, "dim": DIM, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4, "ffn_dim": 52,
-}  # fmt: skip
-LANGUAGE: dict[str, DecoderConfig] = {
-    "llama": LlamaConfig(**SHAPE),
-    "llama-3": LlamaConfig(**SHAPE | {"num_kv_heads": 2}, rope_theta=5e5, rope_interleaved=False),
-    "phi-1.5": PhiConfig(**SHAPE, norm_eps=1e-5, rotary_dim=4, residual_dropout=0.0),
-    "phi-2": PhiConfig(**SHAPE, norm_eps=1e-5, rotary_dim=2, residual_dropout=0.1),
-    "phi-3": Phi3Config(**SHAPE, norm_eps=1e-5, window=9),
-    "stablelm-2": StableLMConfig(**SHAPE, norm_eps=1e-5, rotary_dim=2),
+LANGUAGE = {
+    "llama": shapes.language("llama"),
+    "llama-3": shapes.language("llama-3"),
+    "phi-1.5": shapes.language("phi", residual_dropout=0.0),
+    "phi-2": shapes.language("phi", rotary_dim=2, residual_dropout=0.1),
+    "phi-3": shapes.language("phi3", window=9),
+    "stablelm-2": shapes.language("stablelm"),
 }
-TOWER: dict[str, Any] = {"width": 24, "num_layers": 6, "num_heads": 3, "patch_size": 4, "image_size": 12, "mlp_dim": 40}
-VISION: dict[str, TowerConfig] = {
-    "clip-224": ClipConfig(**TOWER),  # LaVIN's: class tokens
-    "clip-336": ClipConfig(**TOWER, select_feature="patch"),
-    "eva": EvaConfig(**TOWER | {"num_heads": 2}),
-    "siglip": SiglipConfig(**TOWER | {"image_size": 14}),
+VISION = {
+    "clip-224": shapes.tower("clip", num_layers=6, select_feature="class_tokens"),  # LaVIN's
+    "clip-336": shapes.tower("clip"),
+    "eva": shapes.tower("eva"),
+    "siglip": shapes.tower("siglip", image_size=14),
 }
 TRAINING = (*product(("projector", "mma", "lora"), (16, 8, 4)), ("full", 16))
 COMBINATIONS = list(product(LANGUAGE, VISION, TRAINING))
@@ -103,15 +88,9 @@ def model_of(config: VLMConfig, bits: int) -> VisionLanguageModel:
         model = VisionLanguageModel(config)
     model.start_trainable(0, CPU)
     for part in ("language", "vision"):
-        stream = ((n, p.data) for n, p in base.get_submodule(part).named_parameters() if not is_adapter(n))
-        fill(
-            model.get_submodule(part), stream, bits=partial(_bits, bits), device=CPU, dtype=torch.float32, source="test"
-        )
+        tensors = frozen_tensors(base.get_submodule(part))
+        filled(model.get_submodule(part), tensors, lambda name: 16 if name == "head.weight" else bits)
     return model.train()
-
-
-def _bits(bits: int, name: str) -> int:
-    return 16 if name == "head.weight" else bits
 
 
 def pack_of(config: VLMConfig) -> Pack:

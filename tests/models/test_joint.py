@@ -15,38 +15,22 @@ from engine.data.sample import IGNORE, NEWLINE, Sample
 from engine.generation import Sampling, generate
 from models.adapters.lora import LoRAConfig
 from models.adapters.mma import AdapterConfig
-from models.language.decoder import DecoderConfig
-from models.language.llama import LlamaConfig
-from models.language.phi import PhiConfig
-from models.language.phi3 import Phi3Config
-from models.language.stablelm import StableLMConfig
 from models.pack import Pack
 from models.projector import ProjectorConfig
-from models.vision.clip import ClipConfig
-from models.vision.eva import EvaConfig
-from models.vision.siglip import SiglipConfig
-from models.vision.tower import TowerConfig
 from models.vlm import VisionLanguageModel, VLMConfig
+from tests.models import shapes
+from tests.models.drawn import CPU
+from tests.models.shapes import DIM, SIDE, VOCAB, WIDTH
 from tests.models.tiny import assert_close, assert_gradients_close, gradients, tiny_model
 
-CPU = torch.device("cpu")
-VOCAB, DIM, SIDE = 67, 32, 12
-SHAPE: dict[str, Any] = {
-    "vocab_size": VOCAB, "dim": DIM, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4, "ffn_dim": 44,
+LANGUAGE = {
+    "llama": shapes.language("llama-3"), "phi": shapes.language("phi"), "phi3": shapes.language("phi3", window=7),
+    "stablelm": shapes.language("stablelm"),
 }  # fmt: skip
-TOWER: dict[str, Any] = {
-    "width": 24, "num_layers": 3, "num_heads": 3, "patch_size": 4, "image_size": SIDE, "mlp_dim": 40,
-}  # fmt: skip
-LANGUAGE: dict[str, DecoderConfig] = {
-    "llama": LlamaConfig(**SHAPE | {"num_kv_heads": 2}, rope_interleaved=False),
-    "phi": PhiConfig(**SHAPE, rotary_dim=4),
-    "phi3": Phi3Config(**SHAPE, window=7),
-    "stablelm": StableLMConfig(**SHAPE, rotary_dim=2),
-}
-VISION: dict[str, TowerConfig] = {
-    "clip": ClipConfig(**TOWER, select_feature="cls_patch"),
-    "eva": EvaConfig(**TOWER | {"num_heads": 2}),
-    "siglip": SiglipConfig(**TOWER),
+VISION = {
+    "clip": shapes.tower("clip", select_feature="cls_patch"),
+    "eva": shapes.tower("eva"),
+    "siglip": shapes.tower("siglip"),
 }
 PAIRS = list(zip(LANGUAGE, [*VISION, "siglip"], strict=True))
 LAYOUT = [(9, False), (31, True), (4, False), (24, True)]
@@ -163,7 +147,7 @@ def test_a_pack_is_its_samples_one_by_one(language: str, vision: str, trained: s
 @pytest.mark.parametrize(("language", "vision"), PAIRS)
 def test_the_cache_writes_what_whole_passes_write(language: str, vision: str, trained: str) -> None:
     config = config_of(language, vision, train_language=trained, train_vision="frozen")
-    model = tiny_model(config).double()
+    model = tiny_model(config, seed=1).double()
     for bias in (model.language.head.bias, model.language.norm.bias):
         if bias is not None:
             bias.data *= 0.1  # or they alone choose every token
@@ -228,11 +212,11 @@ def test_a_projector_is_its_formula(kind: str) -> None:
     config = replace(config, projector=ProjectorConfig(kind=kind))
     projector = tiny_model(config).double().projector
     depth = 1 if kind == "linear" else int(kind[3])
-    layers = [nn.Linear(24 if i == 0 else DIM, DIM).double() for i in range(depth)]
+    layers = [nn.Linear(WIDTH if i == 0 else DIM, DIM).double() for i in range(depth)]
     for i, layer in enumerate(layers):
         layer.load_state_dict({leaf: projector.get_parameter(f"layers.{i}.{leaf}") for leaf in ("weight", "bias")})
     plain = nn.Sequential(*[part for layer in layers for part in (nn.GELU(), layer)][1:])
-    x = torch.randn(2, 5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    x = torch.randn(2, 5, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
     got, expected = projector(x), plain(x)
     assert got.shape == (2, 5, DIM) and projector.tokens(5) == 5
     assert_close(got, expected, kind, tolerance=1e-12)

@@ -13,7 +13,7 @@ from models.placement import fill, specs, stored
 from models.quantized import Spec, parts
 from models.vlm import VisionLanguageModel, VLMConfig
 from models.weights.errors import WeightsError
-from tests.models.tiny import gradients, step_loss, tiny_config, tiny_model
+from tests.models.tiny import gradients, packed_copy, step_loss, tiny_config, tiny_model
 
 CPU = torch.device("cpu")
 CONFIGS = [
@@ -25,16 +25,7 @@ CONFIGS = [
 
 def placed(source: VisionLanguageModel, dtype: torch.dtype, bits: int = 16) -> VisionLanguageModel:
     """`source`, its frozen tensors stored for activations of this dtype."""
-    with torch.device("meta"):
-        model = VisionLanguageModel(source.config)
-    model.start_trainable(0, CPU)
-    for part in ("language", "vision"):
-        module = source.get_submodule(part)
-        stream = ((n, p.data) for n, p in module.named_parameters() if "_adapter." not in n)
-        fill(model.get_submodule(part), stream, bits=lambda name: bits, device=CPU, dtype=dtype, source="test")
-    for name, parameter in source.trainable().items():
-        model.get_parameter(name).data.copy_(parameter)
-    return model.eval()
+    return packed_copy(source, lambda part, name: bits, dtype=dtype)
 
 
 @pytest.mark.parametrize("bits", [16, 4])

@@ -14,10 +14,9 @@ from kernels.dequantize_nf4 import dequantize_nf4
 from kernels.int8 import Int8Tensor, dequantize_int8, quantize_int8
 from kernels.nf4 import NF4Tensor, quantize_nf4
 from models.linear import Linear
-from models.placement import fill
 from models.quantized import QuantizedWeight, from_parts, parts
 from models.vlm import VisionLanguageModel
-from tests.models.tiny import step_loss, tiny_config, tiny_model
+from tests.models.tiny import packed_copy, step_loss, tiny_config, tiny_model
 
 CPU = torch.device("cpu")
 CONFIG = tiny_config(ffn_dim=37, dropout=0.0)
@@ -49,17 +48,7 @@ def dense(weight: NF4Tensor | Int8Tensor) -> Tensor:
 
 def model_of(seed: int) -> VisionLanguageModel:
     """The language model in NF4, its head and the tower in int8."""
-    source = tiny_model(CONFIG, seed)
-    with torch.device("meta"):
-        model = VisionLanguageModel(CONFIG)
-    model.start_trainable(0, CPU)
-    for part in ("language", "vision"):
-        stream = ((n, p.data) for n, p in source.get_submodule(part).named_parameters() if "_adapter." not in n)
-        bits = lambda name, part=part: BITS["head" if name == "head.weight" else part]  # noqa: E731
-        fill(model.get_submodule(part), stream, bits=bits, device=CPU, dtype=torch.float32, source="test")
-    for name, parameter in source.trainable().items():
-        model.get_parameter(name).data.copy_(parameter)
-    return model.eval()
+    return packed_copy(tiny_model(CONFIG, seed), lambda part, name: BITS["head" if name == "head.weight" else part])
 
 
 def test_names_dtypes_and_bytes() -> None:

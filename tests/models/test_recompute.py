@@ -15,12 +15,11 @@ from kernels import dispatch
 from kernels.norm_mma import add_norm_mma
 from models.language import decoder
 from models.pack import Pack
-from models.placement import fill
 from models.recompute import POLICIES, ActivationPolicy, Policy, check_policy, recomputed
 from models.vision import tower
-from models.vlm import Legacy, VisionLanguageModel, VLMConfig
+from models.vlm import Legacy, VisionLanguageModel
 from tests.models.kept import Shape, kept_by, rows_kept
-from tests.models.tiny import gradients, packs_of, random_samples, tiny_config, tiny_model
+from tests.models.tiny import gradients, packed_copy, packs_of, random_samples, tiny_config, tiny_model
 
 LAYERS, BLOCKS = 3, 6
 TOKENS = 2 + 13 + 9  # of the pack: T
@@ -78,18 +77,8 @@ def test_no_policy_changes_a_bit(name: str) -> None:
     assert all(value.any() for n, value in expected.items() if "router" not in n)
 
 
-def packed(config: VLMConfig) -> VisionLanguageModel:
-    source, cpu = tiny_model(config), torch.device("cpu")
-    with torch.device("meta"):
-        model = VisionLanguageModel(config)
-    model.start_trainable(0, cpu)
-    for part, few in (("language", 4), ("vision", 16)):
-        stream = ((n, p.data) for n, p in source.get_submodule(part).named_parameters() if "_adapter." not in n)
-        bits = lambda name, few=few: few if ".mlp." in name or ".attention." in name else 16  # noqa: E731
-        fill(model.get_submodule(part), stream, bits=bits, device=cpu, dtype=torch.float32, source="test")
-    for name, parameter in source.trainable().items():
-        model.get_parameter(name).data.copy_(parameter)
-    return model.eval()
+def in_four_bits(part: str, name: str) -> int:
+    return 4 if part == "language" and (".mlp." in name or ".attention." in name) else 16
 
 
 D, F = 32, 48  # of the language model
@@ -114,7 +103,7 @@ def test_what_a_layer_keeps_with_the_kernels_and_that_it_changes_no_bit(
 ) -> None:
     """In the interpreter, one layer behind another, packed weights in the language model."""
     shape = replace(CONFIGS["block"].language, num_heads=1, num_kv_heads=1)
-    model = packed(replace(CONFIGS["block"], language=shape))
+    model = packed_copy(tiny_model(replace(CONFIGS["block"], language=shape)), in_four_bits)
     pack, generator = a_pack(), torch.Generator().manual_seed(2)
     context: decoder.Context | tower.Context
     if part == "language":

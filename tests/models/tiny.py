@@ -1,5 +1,4 @@
-"""Small joint models with every tensor random (up-projections too, so that no path is switched off) and random
-samples in LaVIN's layout."""
+"""Small joint models of LaVIN's with every tensor random, and random samples in LaVIN's layout."""
 
 from __future__ import annotations
 
@@ -14,17 +13,14 @@ from engine.data.packing import LAVIN, PackForm, Reduction, collate, first_of_mi
 from engine.data.planning import plan_packs
 from engine.data.sample import IGNORE, Sample
 from models.adapters.mma import AdapterConfig
-from models.adapters.names import is_adapter
-from models.language.llama import LlamaConfig
 from models.pack import Pack
-from models.placement import fill
 from models.projector import ProjectorConfig
 from models.recompute import ActivationPolicy
-from models.vision.clip import ClipConfig
 from models.vlm import Legacy, VisionLanguageModel, VLMConfig
+from tests.models.drawn import CPU, drawn, filled, frozen_tensors
+from tests.models.shapes import SIDE, VOCAB, language, tower
 
-VOCAB = 67
-IMAGE_SIZE = 12
+IMAGE_SIZE = SIDE
 NUM_IMAGE_TOKENS = 6
 FIRST_SLOT = 4  # BOS and a prefix of three tokens come before the image
 
@@ -32,10 +28,8 @@ FIRST_SLOT = 4  # BOS and a prefix of three tokens come before the image
 def tiny_config(*, ffn_dim: int = 48, num_layers: int = 3, dropout: float = 0.1, **options: Any) -> VLMConfig:
     """A joint model that answers in milliseconds; `options` are VLMConfig's."""
     return VLMConfig(
-        language=LlamaConfig(
-            vocab_size=VOCAB, dim=32, num_layers=num_layers, num_heads=4, num_kv_heads=4, ffn_dim=ffn_dim
-        ),
-        vision=ClipConfig(width=24, num_layers=6, num_heads=3, patch_size=4, image_size=IMAGE_SIZE, mlp_dim=40),
+        language=language("llama", num_layers=num_layers, ffn_dim=ffn_dim),
+        vision=tower("clip", num_layers=6, select_feature="class_tokens"),
         adapter=AdapterConfig(dim=8, scale=0.7, temperature=2.0, dropout=dropout),
         projector=ProjectorConfig(hidden=20),
         **options,
@@ -75,39 +69,26 @@ def label(config: VLMConfig) -> str:
 
 
 def tiny_model(config: VLMConfig, seed: int = 0) -> VisionLanguageModel:
-    """The model in fp32, for evaluation, with every tensor drawn anew: norms around one, routers that take sides."""
-    model = VisionLanguageModel(config)
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in sorted(model.named_parameters()):
-        noise = torch.randn(parameter.shape, generator=generator)
-        if "norm.weight" in name:
-            noise = 1 + 0.2 * noise
-        elif name.endswith("bias") or "embedding" in name or "embed" in name:
-            noise = 0.5 * noise
-        else:
-            noise *= (4.0 if ".router." in name else 1.0) / parameter[0].numel() ** 0.5
-        parameter.data.copy_(noise)
-    return model.eval()
+    """The model in fp32, for evaluation, with every tensor drawn anew."""
+    return drawn(VisionLanguageModel(config), seed).eval()
 
 
 def packed_copy(
-    source: VisionLanguageModel, bits: Callable[[str, str], int], *, checkpointing: bool = False
-) -> VisionLanguageModel:
+    source: VisionLanguageModel, bits: Callable[[str, str], int], *, dtype: torch.dtype = torch.float32,
+    checkpointing: bool = False,
+) -> VisionLanguageModel:  # fmt: skip
     """`source` with its linears stored in `bits` of (part, name within the part): as loading fills a model."""
-    cpu = torch.device("cpu")
     with torch.device("meta"):
         model = VisionLanguageModel(source.config)
     if checkpointing:
         layers = len(model.language.layers), len(model.vision.layers)
         model.use_activation_policy(ActivationPolicy.uniform("keep_input", *layers))
-    model.start_trainable(0, cpu)
+    model.start_trainable(0, CPU)
     for part in ("language", "vision"):
-        stream = ((n, p.data) for n, p in source.get_submodule(part).named_parameters() if not is_adapter(n))
-        bits_of = partial(bits, part)
-        fill(model.get_submodule(part), stream, bits=bits_of, device=cpu, dtype=torch.float32, source="test")
+        filled(model.get_submodule(part), frozen_tensors(source.get_submodule(part)), partial(bits, part), dtype)
     for name, parameter in source.trainable().items():
         model.get_parameter(name).data.copy_(parameter)
-    return model
+    return model.eval()
 
 
 def random_samples(layout: Sequence[tuple[int, bool]], seed: int = 0) -> tuple[list[Sample], list[Tensor | None]]:

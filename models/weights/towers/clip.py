@@ -18,6 +18,7 @@ from models.weights.errors import WeightsError
 from models.weights.names import Names, Part
 from models.weights.settings import Settings
 from models.weights.towers import hugging_face
+from models.weights.towers.family import Family, InTransformers
 from models.weights.towers.layout import Layout, count_blocks
 from models.weights.towers.selection import make_config
 
@@ -26,6 +27,7 @@ HF = Layout(
     foreign=hugging_face.FOREIGN,
 )  # fmt: skip
 EXPORT = replace(HF, prefix=hugging_face.PREFIX)
+MODEL_TYPES = ("clip", "clip_vision_model")
 
 OPENAI = Layout(
     names=Names(
@@ -50,7 +52,10 @@ OPENAI = Layout(
     prefix="visual.",
 )  # fmt: skip
 HEAD_DIM = 64  # of every CLIP of OpenAI's; their files do not say
-OPENAI_SHA256 = "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"  # of ViT-L-14.pt
+OPENAI_SHA256 = {  # of their archives of ViT-L/14
+    "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836": "ViT-L-14.pt",
+    "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02": "ViT-L-14-336px.pt",
+}
 
 
 def config_of(settings: Settings, **selection: Any) -> ClipConfig:
@@ -59,9 +64,9 @@ def config_of(settings: Settings, **selection: Any) -> ClipConfig:
     Raises:
         WeightsError: another model, or a number out of range.
     """
-    settings.only("model_type", "clip", "clip_vision_model")
+    settings.only("model_type", *MODEL_TYPES)
     tower = settings.inner("vision_config") or settings
-    tower.only("model_type", "clip", "clip_vision_model")
+    tower.only("model_type", *MODEL_TYPES)
     tower.only("hidden_act", "quick_gelu")
     numbers = hugging_face.numbers(tower, norm_eps=1e-5, patch_size=32)
     return make_config(ClipConfig, settings.path, numbers | selection)
@@ -97,29 +102,30 @@ def settings_of(config: ClipConfig) -> dict[str, Any]:
 
 
 def preprocessor_of(config: ClipConfig) -> dict[str, Any]:
-    """The preprocessor_config.json of CLIP's image processor: the shorter side to the tile's, bicubic, the middle."""
-    size = config.image_size
-    return {
-        "image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": size}, "resample": 3,
-        "do_center_crop": True, "crop_size": {"height": size, "width": size}, "do_rescale": True,
-        "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711], "do_convert_rgb": True,
-    }  # fmt: skip
+    """The preprocessor_config.json of CLIP's image processor."""
+    return hugging_face.image_processor(config, "CLIPImageProcessor")
+
+
+FAMILY = Family(config=ClipConfig, export=EXPORT, in_transformers=InTransformers(
+    model_types=MODEL_TYPES, settings_of=settings_of, preprocessor_of=preprocessor_of,
+))  # fmt: skip
 
 
 def open_program(path: Path) -> Archive:
-    """The tensors of OpenAI's archive (ViT-L-14.pt), all in memory. It is a TorchScript program, and opening a program
-    can run it: it is opened only if it is theirs to the last bit.
+    """The tensors of an archive of OpenAI's (ViT-L-14.pt), all in memory. It is a TorchScript program, and opening a
+    program can run it: it is opened only if it is theirs to the last bit.
 
     Raises:
         WeightsError: any other program.
     """
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != OPENAI_SHA256:
+    if digest not in OPENAI_SHA256:
+        accepted = " and ".join(f"{name} ({sha256})" for sha256, name in OPENAI_SHA256.items())
         raise WeightsError(
-            path, f"is a TorchScript program with sha256 {digest}; the only one accepted is OpenAI's, {OPENAI_SHA256}",
-            do="download ViT-L-14.pt again, or name the folder of openai/clip-vit-large-patch14 from Hugging Face",
+            path, f"is a TorchScript program with sha256 {digest}; accepted are OpenAI's {accepted}",
+            do="download the file again, or name the folder of openai/clip-vit-large-patch14 (or -patch14-336) from "
+            "Hugging Face",
         )  # fmt: skip
     jit: Any = torch.jit
     with warnings.catch_warnings():

@@ -15,6 +15,7 @@ from models.vision.eva import EvaConfig
 from models.weights.archive import Shape
 from models.weights.errors import WeightsError
 from models.weights.names import Names
+from models.weights.towers.family import Family
 from models.weights.towers.layout import Layout, count_blocks
 from models.weights.towers.selection import make_config
 
@@ -46,6 +47,7 @@ EVA = Layout(
     leading={"class_embedding": (1, 1), "position_embedding": (1,)},
 )  # fmt: skip
 EXPORT = replace(EVA, prefix="model.")
+FAMILY = Family(config=EvaConfig, export=EXPORT)
 
 
 def eva_config(where: Path, shapes: Mapping[str, Shape], layout: Layout, **selection: Any) -> EvaConfig:

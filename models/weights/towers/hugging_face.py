@@ -11,7 +11,7 @@ from models.vision.tower import TowerConfig
 from models.weights.archive import Shape
 from models.weights.errors import WeightsError
 from models.weights.names import Names
-from models.weights.settings import MOST_LAYERS, MOST_WIDTH, Settings
+from models.weights.settings import MOST_LAYERS, MOST_PIXELS, MOST_WIDTH, Settings
 from models.weights.towers.layout import Layout, count_blocks
 
 PREFIX = "vision_model."  # absent where transformers 5 saved a tower alone
@@ -35,7 +35,6 @@ FOREIGN = (  # the text model, what leads to the common space, and a table of nu
     r"|(vision_model\.)?embeddings\.position_ids"
 )
 UNUSED = r"vision_model.\g<0>"  # exports have the name that every version of transformers reads
-MOST_PIXELS = 1 << 14  # a side
 
 # Blocks and heads of the published towers by (width, width of the MLP): weights alone do not say how many heads there
 # are, nor how many blocks were deleted. All of OpenAI's CLIP and Google's SigLIP up to so400m.
@@ -92,4 +91,17 @@ def vision_config(config: TowerConfig, model_type: str, activation: str) -> dict
         "intermediate_size": config.mlp_dim, "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads, "patch_size": config.patch_size, "image_size": config.image_size,
         "layer_norm_eps": config.norm_eps, "num_channels": 3, "attention_dropout": 0.0,
+    }  # fmt: skip
+
+
+def image_processor(config: TowerConfig, kind: str) -> dict[str, Any]:
+    """preprocessor_config.json of transformers' image processor `kind`, for what this family was trained on."""
+    size, trained_on = config.image_size, config.trained_on
+    tile = {"height": size, "width": size}
+    return {
+        "image_processor_type": kind, "do_resize": True,
+        "size": {"shortest_edge": size} if trained_on.crop else tile, "resample": 3,  # bicubic
+        **({"do_center_crop": True, "crop_size": tile} if trained_on.crop else {}),
+        "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": list(trained_on.mean),
+        "image_std": list(trained_on.std), "do_convert_rgb": True,
     }  # fmt: skip

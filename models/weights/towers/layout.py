@@ -91,41 +91,56 @@ def open_layout(
     loose = {name: theirs for name in found if (theirs := layout.exported(name)) is not None}
     expected = layout.expected(run | {name: whole[name] for name in behind})
     check_shapes(where, {name: shape for name, shape in found.items() if name not in loose}, expected)
-
-    def fetch(name: str) -> Tensor | Packed:
-        weight = tensors.fetch(layout.of(name))
-        if isinstance(weight, Tensor):
-            weight = weight.flatten(0, len(layout.leading.get(name, ())))
-        return take(weight, layout.part(name), layout.of(name), where)
-
-    def size(name: str) -> int:
-        part = layout.part(name)
-        return tensors.sizes[layout.of(name)] // (1 if part is None else part.count)
-
-    def unquantized(name: str, weight: Tensor | Packed) -> Tensor:
-        if isinstance(weight, Tensor):
-            return weight
-        raise WeightsError(where, f"{name} is quantized in its file", do="export from the tower in 16 bits")
-
-    def unused() -> Iterator[tuple[str, Tensor]]:
-        try:
-            for name in behind:
-                yield export.of(name), unquantized(layout.of(name), fetch(name))
-                tensors.release(layout.of(name))
-            for name, theirs in loose.items():
-                yield theirs, unquantized(name, tensors.fetch(name))
-                tensors.release(name)
-        finally:
-            tensors.close()
-
+    named = _Named(where, tensors, layout)
     order = {name: i for i, name in enumerate(found)}
     source = VisionSource(
         config=config, files=files, names=tuple(sorted(run, key=lambda name: order[layout.of(name)])),
-        sizes={name: size(name) for name in run}, fetch=fetch, release=lambda name: tensors.release(layout.of(name)),
-        close=tensors.close, allocated=lambda name: False, unused=unused,
+        sizes={name: named.size(name) for name in run}, fetch=named.fetch, release=named.release, close=tensors.close,
+        allocated=lambda name: False, unused=lambda: named.unused({name: export.of(name) for name in behind}, loose),
     )  # fmt: skip
     source.close()  # what cannot be mapped is not in memory while the language model is read
     return source
+
+
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """A file's tensors by our names."""
+
+    where: Path
+    tensors: Weights
+    layout: Layout
+
+    def size(self, name: str) -> int:
+        part = self.layout.part(name)
+        return self.tensors.sizes[self.layout.of(name)] // (1 if part is None else part.count)
+
+    def fetch(self, name: str) -> Tensor | Packed:
+        theirs = self.layout.of(name)
+        weight = self.tensors.fetch(theirs)
+        if isinstance(weight, Tensor):
+            weight = weight.flatten(0, len(self.layout.leading.get(name, ())))
+        return take(weight, self.layout.part(name), theirs, self.where)
+
+    def release(self, name: str) -> None:
+        self.tensors.release(self.layout.of(name))
+
+    def unused(self, behind: Mapping[str, str], loose: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
+        """What the tower does not run, one tensor at a time. `behind`: our names of blocks -> those in an export;
+        `loose`: the file's names of everything else -> the same."""
+        try:
+            for name, exported in behind.items():
+                yield exported, self._unquantized(self.layout.of(name), self.fetch(name))
+                self.release(name)
+            for theirs, exported in loose.items():
+                yield exported, self._unquantized(theirs, self.tensors.fetch(theirs))
+                self.tensors.release(theirs)
+        finally:
+            self.tensors.close()
+
+    def _unquantized(self, theirs: str, weight: Tensor | Packed) -> Tensor:
+        if isinstance(weight, Tensor):
+            return weight
+        raise WeightsError(self.where, f"{theirs} is quantized in its file", do="export from the tower in 16 bits")
 
 
 def _is_begun(name: str, layout: Layout, found: Mapping[str, Shape]) -> bool:

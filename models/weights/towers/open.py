@@ -21,6 +21,7 @@ from models.weights.settings import Settings, read_settings
 from models.weights.source import VisionSource
 from models.weights.towers import clip, eva, siglip
 from models.weights.towers.layout import Layout, open_layout
+from models.weights.towers.registry import family_named
 from models.weights.towers.selection import selection
 from models.weights.view import FileView, Tensors
 
@@ -161,4 +162,4 @@ def unused_tensors(source: VisionSource) -> Iterator[tuple[str, Tensor]]:
 
 def export_layout(config: TowerConfig) -> Layout:
     """Under which names a tower stands in checkpoints of vision-language models, behind `vision_tower.`"""
-    return {"clip": clip.EXPORT, "siglip": siglip.EXPORT, "eva": eva.EXPORT}[config.family]
+    return family_named(config.family).export

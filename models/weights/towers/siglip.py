@@ -11,6 +11,7 @@ from models.vision.siglip import SiglipConfig
 from models.weights.archive import Shape
 from models.weights.settings import Settings
 from models.weights.towers import hugging_face
+from models.weights.towers.family import Family, InTransformers
 from models.weights.towers.layout import Layout
 from models.weights.towers.selection import make_config
 
@@ -25,6 +26,7 @@ HF = Layout(
     foreign=hugging_face.FOREIGN,
 )
 EXPORT = replace(HF, prefix=hugging_face.PREFIX)
+MODEL_TYPES = ("siglip", "siglip_vision_model")
 
 
 def config_of(settings: Settings, **selection: Any) -> SiglipConfig:
@@ -33,9 +35,9 @@ def config_of(settings: Settings, **selection: Any) -> SiglipConfig:
     Raises:
         WeightsError: another model, or a number out of range.
     """
-    settings.only("model_type", "siglip", "siglip_vision_model")
+    settings.only("model_type", *MODEL_TYPES)
     tower = settings.inner("vision_config") or settings
-    tower.only("model_type", "siglip", "siglip_vision_model")
+    tower.only("model_type", *MODEL_TYPES)
     tower.only("hidden_act", "gelu_pytorch_tanh")
     numbers = hugging_face.numbers(tower, norm_eps=1e-6, patch_size=16)
     return make_config(SiglipConfig, settings.path, numbers | selection)
@@ -53,10 +55,10 @@ def settings_of(config: SiglipConfig) -> dict[str, Any]:
 
 
 def preprocessor_of(config: SiglipConfig) -> dict[str, Any]:
-    """The preprocessor_config.json of SigLIP's image processor: squashed to the tile, bicubic, to -1 to 1."""
-    size = config.image_size
-    return {
-        "image_processor_type": "SiglipImageProcessor", "do_resize": True, "size": {"height": size, "width": size},
-        "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-        "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "do_convert_rgb": True,
-    }  # fmt: skip
+    """The preprocessor_config.json of SigLIP's image processor."""
+    return hugging_face.image_processor(config, "SiglipImageProcessor")
+
+
+FAMILY = Family(config=SiglipConfig, export=EXPORT, in_transformers=InTransformers(
+    model_types=MODEL_TYPES, settings_of=settings_of, preprocessor_of=preprocessor_of,
+))  # fmt: skip

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from models.weights.lora_files import WRAPPER
 from models.weights.whole import whole
 from models.weights.write.entries import Entries
 
 PROJECTOR_FILE = "mm_projector.bin"
 NON_LORA_FILE = "non_lora_trainables.bin"
-WRAPPER = "base_model.model."  # what PEFT puts before every name
 
 
 def write_projector_file(folder: Path, entries: Entries) -> Path:

@@ -57,7 +57,7 @@ def _places(folder: Path) -> Places:
     if (folder / CONFIG_NAME).is_file() or not has_tensors(folder):
         raise WeightsError(
             folder, "holds no whole model in shards" if folder.is_dir() else "is not there",
-            do="average whole models; `--checkpoint LORA --base BASE --to merged` makes one of a LoRA",
+            do="average whole models: merge a LoRA into its base first",
         )  # fmt: skip
     places: Places = {}
     for path in tensor_files(folder):

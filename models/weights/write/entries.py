@@ -17,7 +17,7 @@ NOT_QUANTIZED = (
     "export from the 16-bit model that it was quantized from: 16-bit weights made from 4 bits would look like the "
     "original and not be it"
 )
-TOO_LARGE = "use --dtype bf16, whose range is that of float32"
+TOO_LARGE = "write it as bfloat16, whose range is that of float32"
 
 
 def _nothing() -> None:
@@ -60,6 +60,11 @@ class Entry:
 
 
 Entries = Mapping[str, Entry]  # by the file's names, in the file's order
+
+
+def size_of(entries: Entries) -> int:
+    """Bytes that the weights take on the disk."""
+    return sum(entry.bytes for entry in entries.values())
 
 
 def tensor_entries(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Entry]:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 # Vicuna v1.5 has a temperature and top_p without do_sample, at which transformers refuses to save (LLaVA issue 1144).
 OF_SAMPLING = ("temperature", "top_p", "top_k", "typical_p", "min_p", "epsilon_cutoff", "eta_cutoff")
 LLAMA3_END_OF_TURN = 128009  # <|eot_id|> ends an answer; LLaMA-3's config.json names only 128001
-LLAMA3_VOCABULARY = 128256
 
 
 def generation_settings(

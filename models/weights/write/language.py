@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from functools import partial
 
@@ -10,7 +9,7 @@ import torch
 
 from models.language.config import DecoderConfig
 from models.weights.families.registry import family_named
-from models.weights.rope_order import to_half_split
+from models.weights.rope_order import is_rotated, to_half_split
 from models.weights.write.entries import Entries, Entry, changed, renamed
 
 # What a config.json says that no tensor does and that another program may need; taken over from the source's.
@@ -18,7 +17,6 @@ CARRIED = (
     "max_position_embeddings", "original_max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
     "initializer_range", "pretraining_tp", "use_cache",
 )  # fmt: skip
-Q_OR_K = re.compile(r"layers\.\d+\.attention\.[qk]\.(weight|bias)")
 
 
 def language_names(entries: Entries, config: DecoderConfig) -> dict[str, Entry]:
@@ -33,7 +31,7 @@ def half_split(entries: Entries, config: DecoderConfig) -> dict[str, Entry]:
     if not config.rope_interleaved:
         return dict(entries)
     reorder = partial(to_half_split, head_dim=config.head_dim, rotary_dim=config.rotary_dim)
-    return {name: changed(e, reorder) if Q_OR_K.fullmatch(name) else e for name, e in entries.items()}
+    return {name: changed(e, reorder) if is_rotated(name) else e for name, e in entries.items()}
 
 
 def language_settings(config: DecoderConfig, said: Mapping[str, object], dtype: torch.dtype) -> dict[str, object]:
@@ -42,6 +40,16 @@ def language_settings(config: DecoderConfig, said: Mapping[str, object], dtype: 
     settings = family_named(config.family).settings_of(config)
     carried = {key: said[key] for key in CARRIED if said.get(key) is not None}
     return settings | {"max_position_embeddings": positions(config)} | carried | {"torch_dtype": dtype_name(dtype)}
+
+
+def guesses(config: DecoderConfig, said: Mapping[str, object]) -> list[str]:
+    """What `language_settings` writes that no file says, a sentence each."""
+    if said.get("max_position_embeddings") is not None:
+        return []
+    return [
+        f"max_position_embeddings is {positions(config)}, which no file says: that of the LLaMA with rope_theta "
+        f"{config.rope_theta:g} and rms_norm_eps {config.norm_eps:g}; correct it in config.json if this is another"
+    ]
 
 
 def positions(config: DecoderConfig) -> int:

@@ -15,17 +15,18 @@ checkpoint whose tower is none of the published ones can be read wherever it lie
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+from models.weights.lora_settings import CONFIG_NAME
 from models.weights.projector_names import BUNNY as BUNNY_PROJECTORS
 from models.weights.projector_names import their_projector_name
+from models.weights.settings import read_settings
 from models.weights.vlm_settings import VLMSettings
 from models.weights.write.entries import Entries, Entry, renamed
 from models.weights.write.language import language_names, language_settings
-from models.weights.write.parts import LanguagePart, VLMParts
-from models.weights.write.tower import FAMILIES as DESCRIBED
-from models.weights.write.tower import tower_settings
+from models.weights.write.tower import IN_TRANSFORMERS, tower_settings
+from models.weights.write.vlm import LanguagePart, VLMParts
 
 Project = Literal["llava", "bunny", "imp"]
 LLAVA = {"llama": ("llava_llama", "LlavaLlamaForCausalLM")}
@@ -35,6 +36,7 @@ BUNNY = {
 }  # fmt: skip
 IMP = {"phi": ("imp", "ImpForCausalLM"), "phi3": ("imp_phi3", "ImpPhi3ForCausalLM")}
 CLASSES: dict[Project, Mapping[str, tuple[str, str]]] = {"llava": LLAVA, "bunny": BUNNY, "imp": IMP}
+BY_NAME: tuple[Project, ...] = ("llava", "imp")  # whose loaders look for the project in a folder's name
 TOWERS: dict[Project, tuple[str, ...]] = {
     "llava": ("clip",), "bunny": ("clip", "siglip", "eva"), "imp": ("clip", "siglip"),
 }  # fmt: skip
@@ -45,15 +47,7 @@ DEFAULT_LENGTH = 2048  # tokens, where nobody said it: what the three fall back 
 
 
 class FormatError(ValueError):
-    """What the format cannot say of this model, and what can."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """Which training this is the end of, for the keys of config.json that say it."""
-
-    projector_only: bool = False
-    projector_lr: float | None = None
+    """What the format cannot say of this model."""
 
 
 def project_of(language: LanguagePart, tower: str, settings: VLMSettings) -> Project:
@@ -110,22 +104,41 @@ def tower_entries(parts: VLMParts) -> dict[str, Entry]:
     return renamed(parts.tower.entries, TOWER.__add__)
 
 
-def llava_settings(parts: VLMParts, project: Project, stage: Stage) -> dict[str, object]:
-    """config.json, with the keys that this project writes and reads."""
+def llava_settings(
+    parts: VLMParts, project: Project, *, projector_only: bool = False, projector_lr: float | None = None
+) -> dict[str, object]:
+    """config.json, with the keys that this project writes and reads. `projector_only`: of a training of the projector
+    alone; `projector_lr`: at which it was trained."""
     language = parts.language
     model_type, architecture = CLASSES[project][language.config.family]
     out = language_settings(language.config, language.said, language.dtype)
     out |= {"model_type": model_type, "architectures": [architecture], "use_cache": True}
-    return out | _common(parts, stage) | _own(parts.settings, project) | _described(parts)
+    out |= _common(parts) | {"mm_projector_lr": projector_lr, "tune_mm_mlp_adapter": projector_only}
+    return out | _own(parts.settings, project) | _described(parts)
 
 
-def _common(parts: VLMParts, stage: Stage) -> dict[str, object]:
+def folder_notes(folder: Path) -> list[str]:
+    """What the loaders of the three, which go by a folder's name, would not find in that of this checkpoint."""
+    config = folder / "config.json"
+    said = read_settings(config).values.get("model_type") if config.is_file() else None
+    project = next((p for p, kinds in CLASSES.items() if said in [kind for kind, _ in kinds.values()]), None)
+    if project is None:
+        return []
+    name, is_lora, notes = folder.name.lower(), (folder / CONFIG_NAME).is_file(), []
+    if project in BY_NAME and project not in name:
+        notes.append(f"the loader of {said} looks for {project!r} in the folder's name")
+    if is_lora != ("lora" in name):
+        rule = "'lora' in its name" if is_lora else "a name without 'lora'"
+        notes.append(f"the loader of {said} takes a folder for a LoRA by its name: give it {rule}")
+    return notes
+
+
+def _common(parts: VLMParts) -> dict[str, object]:
     settings = parts.settings
     return {
         "mm_vision_tower": settings.tower, "use_mm_proj": True, "mm_projector_type": settings.projector,
         "mm_hidden_size": parts.tower.config.width * max(1, len(settings.scales)),
         "image_aspect_ratio": settings.aspect_ratio,
-        "mm_projector_lr": stage.projector_lr, "tune_mm_mlp_adapter": stage.projector_only,
         "freeze_mm_mlp_adapter": False, "tokenizer_padding_side": "right",
         "tokenizer_model_max_length": settings.max_length or DEFAULT_LENGTH,
     }  # fmt: skip
@@ -134,7 +147,7 @@ def _common(parts: VLMParts, stage: Stage) -> dict[str, object]:
 def _described(parts: VLMParts) -> dict[str, object]:
     """The tower's shape, all its layers counted. EVA's says everything by its tensors."""
     config = parts.tower.config
-    return {"vision_config": tower_settings(config)} if config.family in DESCRIBED else {}
+    return {"vision_config": tower_settings(config)} if config.family in IN_TRANSFORMERS else {}
 
 
 def _own(settings: VLMSettings, project: Project) -> dict[str, object]:

@@ -14,19 +14,17 @@ ties between two of them are decided as in training.
 
 from __future__ import annotations
 
-from models.language.config import DecoderConfig
 from models.weights.vlm_settings import VLMSettings
 from models.weights.write.entries import Entry, renamed
 from models.weights.write.language import dtype_name, language_names, language_settings
 from models.weights.write.llava import FormatError
-from models.weights.write.parts import TowerPart, VLMParts
-from models.weights.write.tower import tower_settings
-from models.weights.write.vocabulary import padded_vocabulary, with_rows
+from models.weights.write.tower import IN_TRANSFORMERS, tower_settings
+from models.weights.write.vlm import TowerPart, VLMParts
+from models.weights.write.vocabulary import with_rows
 
 VOCABULARY = ("embed.weight", "head.weight", "head.bias")
 PROJECTOR = {f"layers.{i}.{leaf}": f"linear_{i + 1}.{leaf}" for i in (0, 1) for leaf in ("weight", "bias")}
 LANGUAGE, PROJECTOR_PREFIX, TOWER = "language_model.", "multi_modal_projector.", "vision_tower."
-TOWERS = ("clip", "siglip")
 
 
 def is_next(parts: VLMParts) -> bool:
@@ -38,27 +36,26 @@ def require_expressible(parts: VLMParts) -> None:
     """Checks that transformers' two classes compute this model.
 
     Raises:
-        FormatError: they do not; what they lack, and what else there is.
+        FormatError: they do not; what they lack.
     """
     settings, tower = parts.settings, parts.tower.config.family
-    other = "--to llava writes it in the format of its own project"
-    if tower not in TOWERS:
-        raise FormatError(f"transformers has no class for a tower of {tower}; {other}")
+    if tower not in IN_TRANSFORMERS:
+        raise FormatError(f"transformers has no class for a tower of {tower}")
     if settings.projector != "mlp2x_gelu":
-        raise FormatError(f"transformers' LLaVA has the projector mlp2x_gelu, not {settings.projector}; {other}")
+        raise FormatError(f"transformers' LLaVA has the projector mlp2x_gelu, not {settings.projector}")
     if settings.scales:
-        raise FormatError(f"transformers' LLaVA sees a picture at one size, not at several (S2); {other}")
+        raise FormatError("transformers' LLaVA sees a picture at one size, not at several (S2)")
     if settings.merge == "spatial":
-        raise FormatError(f"transformers puts tiles together as spatial_unpad or not at all, not as spatial; {other}")
+        raise FormatError("transformers puts tiles together as spatial_unpad or not at all, not as spatial")
     if is_next(parts) and (parts.image_newline is None or settings.aspect_ratio != "anyres"):
         raise FormatError(
             "transformers' LlavaNext has the tiles of anyres and an image_newline; this model has "
-            f"{settings.aspect_ratio} and {'no' if parts.image_newline is None else 'an'} image_newline; {other}"
+            f"{settings.aspect_ratio} and {'no' if parts.image_newline is None else 'an'} image_newline"
         )
     if not is_next(parts) and settings.aspect_ratio == "anyres":
-        raise FormatError(f"transformers' LLaVA has one tile an image, not anyres with {settings.merge}; {other}")
+        raise FormatError(f"transformers' LLaVA has one tile an image, not anyres with {settings.merge}")
     if is_next(parts) and settings.select_feature != "patch":
-        raise FormatError(f"transformers' LlavaNext puts patches together, not {settings.select_feature}; {other}")
+        raise FormatError(f"transformers' LlavaNext puts patches together, not {settings.select_feature}")
 
 
 def hf_entries(parts: VLMParts, vocabulary: int) -> dict[str, Entry]:
@@ -69,9 +66,7 @@ def hf_entries(parts: VLMParts, vocabulary: int) -> dict[str, Entry]:
     """
     language = dict(parts.language.entries)
     if (bias := language.pop("head.bias", None)) is not None and bool(bias.read().any()):
-        raise FormatError(
-            "transformers' LLaVA has no bias in the head, which this model has; --to llava keeps it (Imp's format)"
-        )
+        raise FormatError("transformers' LLaVA has no bias in the head, which this model has (Imp's format keeps it)")
     padded = {name: with_rows(e, vocabulary) if name in VOCABULARY else e for name, e in language.items()}
     out = renamed(language_names(padded, parts.language.config), LANGUAGE.__add__)
     out |= renamed(parts.projector, lambda name: PROJECTOR_PREFIX + PROJECTOR[name])
@@ -125,8 +120,3 @@ def vision_settings(tower: TowerPart) -> dict[str, object]:
     """config.json of the tower, with as many layers as there are tensors for."""
     out = tower_settings(tower.config)
     return out if tower.has_all_layers else out | {"num_hidden_layers": tower.config.layers_run}
-
-
-def vocabulary_rows(config: DecoderConfig, image_token: int) -> int:
-    """Rows of embedding and head with room for the image token."""
-    return padded_vocabulary(config.vocab_size, image_token)

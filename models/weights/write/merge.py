@@ -9,28 +9,36 @@ copy that a run trained beside is never merged into.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from models.adapters.lora import LoRAConfig
 from models.weights.archive import Shape
-from models.weights.errors import WeightsError
+from models.weights.names import check_shapes
 from models.weights.write.entries import Entries, Entry, changed
 
 A, B = ".lora.a", ".lora.b"
 
 
-def merge_lora(entries: Entries, lora: Mapping[str, Tensor], config: LoRAConfig, where: str) -> dict[str, Entry]:
+def merge_lora(
+    entries: Entries, lora: Mapping[str, Tensor], config: LoRAConfig, where: str, *, do: str = ""
+) -> dict[str, Entry]:
     """`entries` (a model's tensors under our names) with `lora` (`layers.0.attention.q.lora.a`, `.lora.b`) merged in.
 
     Raises:
         WeightsError: an adapter of a linear that the model does not have, half of one, or one of another shape; all are
-            listed. `where` names the adapter.
+            listed. `where` names the adapter, `do` what to do then.
     """
     linears = sorted({name.removesuffix(A).removesuffix(B) for name in lora})
-    _check(linears, entries, lora, config.rank, where)
-    merged = {f"{linear}.weight": (lora[linear + A], lora[linear + B]) for linear in linears}
+    known = [linear for linear in linears if f"{linear}.weight" in entries]
+    expected: dict[str, Shape] = {}
+    for linear in known:
+        rows, columns = entries[f"{linear}.weight"].shape
+        expected |= {linear + A: (config.rank, columns), linear + B: (rows, config.rank)}
+    check_shapes(Path(where), {name: tuple(tensor.shape) for name, tensor in lora.items()}, expected, do=do)
+    merged = {f"{linear}.weight": (lora[linear + A], lora[linear + B]) for linear in known}
     scale = config.alpha / config.rank
     return {
         name: _with_update(entry, *merged[name], scale) if name in merged else entry for name, entry in entries.items()
@@ -44,26 +52,3 @@ def update_of(a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 def _with_update(entry: Entry, a: Tensor, b: Tensor, scale: float) -> Entry:
     return changed(entry, lambda weight: update_of(a, b, scale).add_(weight.to(torch.float32)))
-
-
-def _check(linears: list[str], entries: Entries, lora: Mapping[str, Tensor], rank: int, where: str) -> None:
-    missing, extra, mismatched = [], [], []
-    for linear in linears:
-        entry = entries.get(f"{linear}.weight")
-        if entry is None:
-            extra.append(linear)
-            continue
-        for name, expected in ((linear + A, (rank, entry.shape[-1])), (linear + B, (entry.shape[0], rank))):
-            if name not in lora:
-                missing.append(name)
-            elif tuple(lora[name].shape) != expected:
-                mismatched.append(f"{name}: got {_text(tuple(lora[name].shape))}, expected {_text(expected)}")
-    if missing or extra or mismatched:
-        raise WeightsError(
-            where, "is no LoRA of this model", missing=missing, extra=extra, mismatched=mismatched,
-            do="name the language model that it was trained on with --base",
-        )  # fmt: skip
-
-
-def _text(shape: Shape) -> str:
-    return "x".join(map(str, shape))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from models.weights.write.llava_hf import is_next, select_strategy, turned
-from models.weights.write.parts import VLMParts
 from models.weights.write.tower import image_settings
+from models.weights.write.vlm import VLMParts
 
 IMAGE_TOKEN = "<image>"
 

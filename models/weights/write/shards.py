@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from models.weights.archive import Shape
-from models.weights.write.entries import Entries
+from models.weights.write.entries import Entries, size_of
 
 LARGEST_SHARD = 5_000_000_000  # bytes, transformers' and LLaVA's choice
 STEM = "model"
@@ -55,8 +55,7 @@ def write_shards(
         _write(path, {name: entries[name] for name in names}, create, progress)
     if len(shards) > 1:
         weight_map = {name: path.name for path, names in zip(files, shards, strict=True) for name in names}
-        total = sum(entry.bytes for entry in entries.values())
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        index = {"metadata": {"total_size": size_of(entries)}, "weight_map": dict(sorted(weight_map.items()))}
         files.append(folder / f"{STEM}.safetensors.index.json")
         files[-1].write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return files

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,12 +11,16 @@ from torch import Tensor
 
 from models.vision.config import TowerConfig
 from models.weights.source import VisionSource
-from models.weights.towers import clip, siglip, unused_tensors
+from models.weights.towers import unused_tensors
+from models.weights.towers.family import InTransformers
 from models.weights.towers.open import export_layout
+from models.weights.towers.registry import FAMILIES
 from models.weights.write.entries import Entries, Entry, changed, tensor_entries
-from models.weights.write.parts import TowerPart
+from models.weights.write.vlm import TowerPart
 
-FAMILIES: Mapping[str, ModuleType] = {"clip": clip, "siglip": siglip}  # those that transformers has
+IN_TRANSFORMERS: Mapping[str, InTransformers] = {  # families that it has a class for
+    family.name: family.in_transformers for family in FAMILIES if family.in_transformers is not None
+}
 
 
 def tower_part(source: VisionSource, entries: Entries, dtype: torch.dtype) -> TowerPart:
@@ -33,14 +36,12 @@ def tower_part(source: VisionSource, entries: Entries, dtype: torch.dtype) -> To
 
 def tower_settings(config: TowerConfig) -> dict[str, Any]:
     """The vision_config of transformers."""
-    settings: dict[str, Any] = FAMILIES[config.family].settings_of(config)
-    return settings
+    return IN_TRANSFORMERS[config.family].settings_of(config)
 
 
 def image_settings(config: TowerConfig) -> dict[str, Any]:
     """The preprocessor_config.json of the tower's own image processor."""
-    settings: dict[str, Any] = FAMILIES[config.family].preprocessor_of(config)
-    return settings
+    return IN_TRANSFORMERS[config.family].preprocessor_of(config)
 
 
 def _as_theirs(entry: Entry, leading: tuple[int, ...]) -> Entry:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers.models.llava_next import modeling_llava_next as hf
 
-from engine.data.anyres import Anyres, Merge, best_resolution, fitted, kept
+from engine.data.anyres import Anyres, best_resolution, fitted, kept
 from engine.data.sample import NEWLINE
+from models.vision.preprocessing import Merge
 
 UNPAD = Anyres(tile=336, tokens=576, merge="spatial_unpad")
 SQUARE = Anyres(tile=336, tokens=576, merge="spatial_unpad", sizes=((672, 672),))

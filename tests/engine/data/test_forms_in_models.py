@@ -18,22 +18,19 @@ from engine.data.packing import form_of
 from engine.data.sample import Sample
 from engine.data.sampler import StepSampler
 from engine.data.tokenizer import Tokenizer
-from models.language.llama import LlamaConfig
-from models.language.phi import PhiConfig
 from models.projector import ProjectorConfig
-from models.vision.clip import ClipConfig
-from models.vision.siglip import SiglipConfig
 from models.vlm import VisionLanguageModel, VLMConfig
+from tests.models.drawn import drawn
+from tests.models.shapes import language, tower
 
 SIZE = 8
-SHAPE = {"vocab_size": 400, "dim": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 2, "ffn_dim": 48}
-TOWER = {"width": 16, "num_layers": 3, "num_heads": 2, "patch_size": 4, "image_size": SIZE, "mlp_dim": 32}
+PIECES = 400  # of the tokenizer
 PHI = VLMConfig(
-    language=PhiConfig(**SHAPE, rotary_dim=8, residual_dropout=0.0), vision=SiglipConfig(**TOWER),
+    language=language("phi", vocab_size=PIECES, residual_dropout=0.0), vision=tower("siglip", image_size=SIZE),
     projector=ProjectorConfig(kind="mlp2x_gelu"), train_language="frozen", train_vision="frozen",
 )  # fmt: skip
 LLAMA = VLMConfig(
-    language=LlamaConfig(**SHAPE), vision=ClipConfig(**TOWER, select_feature="patch"),
+    language=language("llama", vocab_size=PIECES), vision=tower("clip", image_size=SIZE),
     projector=ProjectorConfig(kind="linear"), train_language="frozen", train_vision="full", image_newline=True,
 )  # fmt: skip
 ANYRES = Anyres(tile=SIZE, tokens=4, merge="spatial_unpad")
@@ -64,14 +61,9 @@ def step(
     config: VLMConfig, data: Pictures, tokens: int, *, few_shapes: bool, ranks: int = 1
 ) -> tuple[int, Tensor, list[Tensor]]:
     """Number of packs, loss and gradients of a step over all rows, summed up over ranks."""
-    torch.manual_seed(0)
-    model = VisionLanguageModel(config)
-    for parameter in model.parameters():
-        parameter.data.normal_(std=0.2)
+    model = drawn(VisionLanguageModel(config))
     anyres = ANYRES if isinstance(data.layout.image_tokens, Anyres) else None
-    processor = processor_of(
-        config.vision.family, SIZE, class_tokens=False, aspect_ratio="anyres" if anyres else "pad", anyres=anyres
-    )
+    processor = processor_of(config.vision, aspect_ratio="anyres" if anyres else "pad", anyres=anyres)
     packs = []
     for rank in range(ranks):
         loader = StepLoader(

@@ -12,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.data.image_processor import IMAGENET, ImageProcessor
+from engine.data.image_processor import ImageProcessor
 from engine.data.images import TileReader, load_image
 from engine.errors import DataError
+from models.vision.preprocessing import LAVIN
 
 SMALL = ImageProcessor(size=8)
 
@@ -37,7 +38,7 @@ def test_squashed_by_pil_on_bytes(tmp_path: Path, kind: str) -> None:
     loaded = load_image(str(path), ImageProcessor(size=14))
     assert loaded.dtype == torch.uint8 and loaded.shape == (3, 14, 14)
     assert np.array_equal(loaded.permute(1, 2, 0).numpy(), expected)
-    want = (expected.astype(np.float64) / 255 - np.array(IMAGENET[0])) / np.array(IMAGENET[1])
+    want = (expected.astype(np.float64) / 255 - np.array(LAVIN.mean)) / np.array(LAVIN.std)
     tile = TileReader(ImageProcessor(size=14)).tile(str(path))
     assert tile.dtype == torch.float32 and tile.shape == (3, 14, 14)
     assert np.allclose(tile.permute(1, 2, 0).numpy(), want, atol=1e-6)

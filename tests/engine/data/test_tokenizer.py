@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import tokenizers
 
+from engine.data.json_tokenizer import JsonTokenizer
+from engine.data.sentence_pieces import SentencePieces
 from engine.data.tokenizer import Tokenizer, open_tokenizer
 from engine.errors import CheckpointError, DataError
 
@@ -60,8 +64,10 @@ def test_wrong_tokenizer_names_both_sizes(tokenizer: Tokenizer) -> None:
 def test_a_lone_surrogate_and_an_unknown_id(tokenizer: Tokenizer) -> None:
     with pytest.raises(DataError, match="character 3"):
         tokenizer.encode("abc\ud800")
-    with pytest.raises(ValueError, match="token id 400 is outside"):
-        tokenizer.decode([5, 400])
+    with pytest.raises(ValueError, match="token id -1 is negative"):
+        tokenizer.decode([5, -1])
+    ids = tokenizer.encode("Maps")
+    assert tokenizer.decode([*ids, 400, *ids]) == "Maps\ufffdMaps"  # a row of the model that is no token
 
 
 SYSTEM = (
@@ -112,3 +118,44 @@ def test_tiktokens_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="tiktoken's list") as caught:
         open_tokenizer(tmp_path)
     assert "tokenizer.json" in caught.value.do
+
+
+def test_tokens_added_to_a_sentencepiece_model(tokenizer_path: Path, tmp_path: Path) -> None:
+    """As our own export of transformers' LLaVA leaves them: <pad> by the list, <image> by its description too."""
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer_path.read_bytes())
+    (tmp_path / "added_tokens.json").write_text('{"<pad>": 400, "<image>": 401, "word": 402}')
+    described = {"1": {"content": "<s>", "special": True}, "401": {"content": "<image>", "special": True}}
+    said = {"legacy": False, "pad_token": "<pad>", "added_tokens_decoder": described}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+    tokenizer = open_tokenizer(tmp_path)
+    assert (tokenizer.vocab_size, tokenizer.pad_id, tokenizer.id_of("<image>")) == (403, 400, 401)
+    assert tokenizer.name_of(401) == "<image>" and tokenizer.id_of("<s>") == tokenizer.bos_id == 1
+    maps = tokenizer.encode("Maps")
+    assert tokenizer.encode_template("Maps<image>") == [*maps, 401]
+    assert 401 not in tokenizer.encode("Maps<image>") and tokenizer.encode("Mapsword")[-1] == 402
+    assert tokenizer.decode([400, *maps, 401, 402]) == "Mapsword"
+    for rows in (400, 403, 448, 512):
+        tokenizer.require_vocab(rows)
+    for rows in (399, 403 + 1024):
+        with pytest.raises(DataError, match=f"wrong tokenizer: it has 403 pieces, the language model {rows} embed"):
+            tokenizer.require_vocab(rows)
+    for wrong in ({"<image>": 399}, {"</s>": 403}):
+        (tmp_path / "added_tokens.json").write_text(json.dumps(wrong))
+        with pytest.raises(DataError, match="has two ids"):
+            open_tokenizer(tmp_path)
+
+
+def test_which_of_two_files_counts_where_tokens_were_added(tokenizer_path: Path, tmp_path: Path) -> None:
+    """Vicuna's with <image> stays sentencepiece's; Phi-3's, whose tokens take the white space behind them, is not."""
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer_path.read_bytes())
+    pieces = open_tokenizer(tmp_path)
+    names = {pieces.name_of(i): i for i in range(pieces.vocab_size)}
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(names, [], unk_token="<unk>"))
+    library.add_special_tokens(["<image>"])
+    library.save(str(tmp_path / "tokenizer.json"))
+    for trims, kind in ((False, SentencePieces), (True, JsonTokenizer)):
+        image = {"content": "<image>", "special": True, "rstrip": trims}
+        said = {"eos_token": "</s>", "added_tokens_decoder": {"400": image}}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+        found = open_tokenizer(tmp_path)
+        assert isinstance(found, kind) and found.vocab_size == 401 and found.id_of("<image>") == 400

@@ -155,6 +155,7 @@ def test_defaults_are_lavin_s_without_a_recipe() -> None:
         "adapter.temperature": 10.0,
         "dataset.format": "scienceqa",
         "dataset.root": "../data",
+        "dataset.max_seq_len": 512,
         "dataset.prompt_format": "CQM-A",
         "dataset.num_workers": 10,
         "optim.batch_size": 64,

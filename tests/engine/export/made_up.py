@@ -13,15 +13,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from engine.export.assemble import vlm_parts
 from engine.export.config import ExportConfig
 from engine.export.origin import LoRATensors, Origin
-from engine.export.parts import vlm_parts
 from models.adapters.lora import LoRAConfig
 from models.weights.checkpoint import Checkpoint
 from models.weights.language import open_language
 from models.weights.towers import open_vision
 from models.weights.vlm_settings import VLMSettings
-from models.weights.write.parts import VLMParts
+from models.weights.write.vlm import VLMParts
 from tests.models.parity import hf_models, plain_eva
 
 transformers = pytest.importorskip("transformers")

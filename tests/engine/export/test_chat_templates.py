@@ -99,6 +99,25 @@ def test_sentencepiece_gives_the_ids_of_training(tmp_path: Path, legacy: bool, k
     assert got == trained
 
 
+@pytest.mark.parametrize(
+    ("pre_tokenizer", "kind", "spaced"),
+    [
+        (None, "LlamaTokenizerFast", True),
+        ({"type": "Metaspace"}, "PreTrainedTokenizerFast", True),
+        ({"type": "Sequence", "pretokenizers": [{"type": "Digits"}, {"type": "Metaspace"}]}, "Other", True),
+        ({"type": "Split", "pattern": {"String": "Metaspace"}}, "PreTrainedTokenizerFast", False),
+        ({"type": "ByteLevel"}, "NoLlamaTokenizer", False),
+        (None, None, False),
+    ],
+)
+def test_what_puts_a_space_before_a_text(
+    tmp_path: Path, pre_tokenizer: dict[str, object] | None, kind: str | None, spaced: bool
+) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"pre_tokenizer": pre_tokenizer}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+    assert puts_space_before(tmp_path) is spaced
+
+
 def test_llama_3_has_one_begin_token() -> None:
     text = rendered("llava_llama_3", TALK[:2], asks=True)
     assert text.startswith("<s><|start_header_id|>system<|end_header_id|>\n\nYou are a helpful language and vision")

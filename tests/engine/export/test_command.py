@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 import export
 from engine.errors import CheckpointError, UsageError, run_command
 from engine.export.config import ExportConfig, check_export, parse_average
-from engine.export.export import folder_notes
 from engine.export.folder import new_folder
 from engine.export.formats import plan_llava, plan_merged
 from engine.flags import parse_export
 from models.weights.checkpoint import open_checkpoint
 from models.weights.errors import WeightsError
+from models.weights.write.llava import folder_notes
 from tests.engine.export.made_up import (
     ANYRES,
     VOCABULARY,
@@ -128,6 +128,11 @@ def test_a_tower_that_is_not_here(tmp_path: Path, llava: Path) -> None:
     tower = tmp_path / "tower"
     run("--checkpoint", llava, "--to", "merged", "--output", tmp_path / "a")
     tower.rename(tmp_path / "moved")
+    nameless = json.loads((llava / "config.json").read_text())
+    (llava / "config.json").write_text(json.dumps(nameless | {"mm_vision_tower": ""}))
+    with pytest.raises(CheckpointError, match="no tower is named, and its weights are not in the checkpoint"):
+        run("--checkpoint", llava, "--to", "merged", "--output", tmp_path / "b")
+    (llava / "config.json").write_text(json.dumps(nameless))
     with pytest.raises(CheckpointError, match="is not here, and its weights are not in the checkpoint"):
         run("--checkpoint", llava, "--to", "merged", "--output", tmp_path / "b")
     run("--checkpoint", llava, "--to", "merged", "--output", tmp_path / "b", "--vision", tmp_path / "moved")
@@ -190,7 +195,12 @@ def test_an_export_is_whole_or_absent(tmp_path: Path, llava: Path) -> None:
 def test_errors_are_told_in_words(tmp_path: Path, llava: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--checkpoint", str(llava), "--to", "merged", "--project", "imp", "--output", str(tmp_path / "out")]
     assert run_command(export.main, argv) == 2
-    assert "error[usage]: imp has phi, phi3, no llama" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "error[usage]: imp has phi, phi3, no llama" in said and "leave --project imp out" in said
+    (llava / "config.json").write_text((llava / "config.json").read_text().replace("spatial_unpad", "spatial"))
+    argv = ["--checkpoint", str(llava), "--to", "llava-hf", "--output", str(tmp_path / "out")]
+    assert run_command(export.main, argv) == 2
+    assert "--to llava writes it in the format of its own project" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -215,8 +225,60 @@ def test_flags_that_do_not_fit(argv: str, says: str) -> None:
     assert says in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("line", "notes"),
+    [
+        ("--average a:1 --to hf --project imp --template bunny --tokenizer t --vision v", [
+            f"--{name} has no effect with --average" for name in ("to", "project", "vision", "tokenizer", "template")
+        ]),
+        ("--average a:1 --dtype bf16 --shard_size 1GB", []),
+        ("--run r --to hf --project bunny --template bunny", ["--project has no effect with --to hf", "--template"]),
+        ("--checkpoint c --to merged --template vicuna_v1", ["--template has no effect with --to merged"]),
+        ("--run r --to lavin --dtype bf16 --shard_size 1GB", ["--dtype has no effect with --to lavin", "--shard_size"]),
+        ("--run r --to peft --shard_size 1GB --dtype bf16 --project imp", ["--shard_size has no effect with --to"]),
+        ("--run r --to llava-hf --project imp", ["--project has no effect with --to llava-hf: a run has"]),
+        ("--checkpoint c --to llava-hf --project imp --template bunny", ["--project has no effect with --to llava-hf"]),
+        ("--checkpoint c --to llava-hf --project imp --vision v --tokenizer t --dtype fp16", []),
+        ("--run r --to merged --project bunny --vision v --base b", []),
+    ],
+)  # fmt: skip
+def test_a_flag_without_effect_warns(line: str, notes: list[str]) -> None:
+    got = parse_export([*line.split(), "--output", "x"])[1]
+    assert [text[: len(start)] for text, start in zip(got, notes, strict=True)] == notes
+
+
+def test_warnings_are_printed(tmp_path: Path, llava: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("--checkpoint", llava, "--to", "hf", "--template", "bunny", "--output", tmp_path / "out")
+    assert "warning: --template has no effect with --to hf" in capsys.readouterr().err
+
+
+def test_what_no_file_says_is_told(tmp_path: Path, llava: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The chat template is chosen by the model's numbers; so is the longest text, where config.json has none."""
+    run("--checkpoint", llava, "--to", "llava-hf", "--output", tmp_path / "a")
+    said = capsys.readouterr().out
+    assert (
+        "note       the chat template is vicuna_v1, chosen for llama with rope_theta 10000 and a tower of clip" in said
+    )
+    assert "max_position_embeddings" not in said
+    run("--checkpoint", llava, "--to", "llava-hf", "--template", "vicuna_v1", "--output", tmp_path / "b")
+    assert "chat template" not in capsys.readouterr().out
+    config = json.loads((llava / "config.json").read_text())
+    del config["max_position_embeddings"]
+    (llava / "config.json").write_text(json.dumps(config))
+    run("--checkpoint", llava, "--to", "hf", "--output", tmp_path / "c")
+    assert json.loads((tmp_path / "c" / "config.json").read_text())["max_position_embeddings"] == 2048
+    assert "note       max_position_embeddings is 2048, which no file says" in capsys.readouterr().out
+
+
+def test_a_lora_is_no_model_to_average(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UsageError, match="is a LoRA") as caught:
+        run("--average", f"{tmp_path}:1", "--output", tmp_path / "out")
+    assert "--base BASE --to merged" in caught.value.do
+
+
 def test_an_average_is_parsed() -> None:
-    config = parse_export(["--average", "runs/a:0.3", "C:/b:0.7", "--output", "x", "--no-any_sum"])
+    config, _ = parse_export(["--average", "runs/a:0.3", "C:/b:0.7", "--output", "x", "--no-any_sum"])
     assert parse_average(config) == [("runs/a", 0.3), ("C:/b", 0.7)]
     assert check_export(ExportConfig(average=["a:1.5", "b:-1"], any_sum=True, output="x")).any_sum
 

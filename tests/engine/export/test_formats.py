@@ -82,7 +82,10 @@ def test_bunnys_phi_gets_the_bias_that_transformers_wants(tmp_path: Path) -> Non
     output = written(plan_hf(origin, export_config(tmp_path / "out")), tmp_path / "out")
     bias = tensors_of(open_checkpoint(output))["language.head.bias"]
     assert torch.equal(bias, torch.zeros(VOCABULARY))
-    assert logits(output).isfinite().all()
+    with_bias = made(tmp_path / "with", "phi", "clip", head_bias=True).language.fetch("head.bias")
+    assert isinstance(with_bias, Tensor) and with_bias.abs().max() > 0.01
+    expected = logits(tmp_path / "with" / "language") - with_bias
+    torch.testing.assert_close(logits(output), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_metas_order_of_q_and_k_is_put_back(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import export
-from engine.architecture import record, vlm_config
+from engine.architecture import model_of, record
 from engine.checkpoint import save_checkpoint
 from engine.config import Config
 from engine.config_file import to_yaml
@@ -45,7 +45,7 @@ def trained(folder: Path, config: Config) -> tuple[Path, dict[str, Tensor], VLMC
     """A run directory as training leaves it, with every trained tensor random."""
     sources = open_sources(config)
     record(config, sources)
-    shape = vlm_config(config, sources.language.config, sources.vision.config, sources.neck)
+    shape = model_of(config, sources)
     with torch.device("meta"):
         model = VisionLanguageModel(shape)
     generator = torch.Generator().manual_seed(0)
@@ -125,6 +125,51 @@ def test_everything_that_was_trained_takes_the_place_of_the_base(tmp_path: Path)
     assert back.vision is not None and shape.vision.layers_run == 5
     unused = {name: tensor.clone() for name, tensor in back.vision.unused()}  # the sixth layer is the tower's own
     assert any(".layers.5." in name for name in unused)
+
+
+def test_a_tower_is_called_as_it_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nobody named it: by the path that was looked at, a folder or a file, not by where this disk has it."""
+    monkeypatch.chdir(tmp_path)
+    config = configuration(Path(), "llama", "clip")
+    Path("tower").rename("clip-vit-large-patch14")
+    config.model.vision = ""
+    run, _, _ = trained(Path(), config)
+    assert tower_said(run_export(run, "merged", Path("a"))) == "clip-vit-large-patch14"
+    file = tower_folder(Path("eva"), "eva")
+    monkeypatch.setattr("engine.sources.find_vision", lambda *_: file)
+    config = configuration(Path("second"), "llama", "eva")
+    config.model.vision = ""
+    run, _, _ = trained(Path("second"), config)
+    assert tower_said(run_export(run, "merged", Path("b"))) == "eva/eva.pt"
+
+
+def test_a_tower_is_called_as_where_training_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A projector's config.json names it; a checkpoint that holds it and names none is its name."""
+    monkeypatch.chdir(tmp_path)
+    run, _, _ = trained(Path(), configuration(Path()))
+    run_export(run, "llava", Path("stage1"))
+    whole = run_export(run, "merged", Path("whole"))
+    second = Config()
+    second.model.language, second.model.projector_weights, second.model.cache_weights = "language", "stage1", False
+    second.train.language = second.train.vision = "frozen"
+    Path("second").mkdir()
+    run, _, _ = trained(Path("second"), second)
+    assert tower_said(run_export(run, "merged", Path("a"))) == "tower"
+
+    (whole / "config.json").write_text(
+        json.dumps(json.loads((whole / "config.json").read_text()) | {"mm_vision_tower": ""})
+    )
+    third = Config()
+    third.model.language, third.model.cache_weights = "whole", False
+    third.train.language = third.train.vision = "frozen"
+    Path("third").mkdir()
+    run, _, _ = trained(Path("third"), third)
+    assert tower_said(run_export(run, "merged", Path("b"))) == "whole"
+
+
+def tower_said(folder: Path) -> str:
+    name: str = json.loads((folder / "config.json").read_text())["mm_vision_tower"]
+    return name
 
 
 @pytest.mark.parametrize("data", ["rows.json", ""])

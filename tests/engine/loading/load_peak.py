@@ -25,6 +25,7 @@ from torch import nn
 from engine.build import Sources, build_model
 from engine.config import Config, Model
 from engine.demo.cache import demo_base
+from engine.image_choices import choose_images
 from engine.loading.cache import cache_of
 from models.weights.host_memory import trim_heap
 from models.weights.language import open_language
@@ -65,7 +66,8 @@ class Peak:
 def load(folder: str | Path) -> tuple[nn.Module, bool]:
     """The language model in 4 bits, head too, with the demo's small tower; and whether the cache knew it."""
     config = Config(bits_head="4bit", model=Model(language=str(folder)))
-    sources = Sources(open_language(folder), open_vision(demo_base() / "tower"), cast(Any, None))
+    tower = open_vision(demo_base() / "tower")
+    sources = Sources(open_language(folder), tower, cast(Any, None), choose_images(config, tower.config))
     cache = cache_of(config, sources.language, sources.vision, torch.bfloat16)
     cached = cache is not None and cache.folder.is_dir()
     return build_model(config, sources, device=torch.device("cpu"), dtype=torch.bfloat16), cached

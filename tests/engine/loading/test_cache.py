@@ -24,6 +24,7 @@ from torch import Tensor
 from engine.build import Sources, build_model
 from engine.config import Config, Legacy, Model
 from engine.demo.base import fresh_base, write_base
+from engine.image_choices import choose_images
 from engine.loading.cache import FORMAT, _crc, _header_crc, joined, manifest_crc
 from engine.tensor_file import TensorWriter
 from kernels.int8 import quantize_int8
@@ -55,7 +56,8 @@ def base(tmp_path: Path) -> Path:
 
 def sources(base: Path, *, readable: bool = True) -> Sources:
     """The opened base; where it is not `readable` nobody may ask it for a tensor."""
-    opened = Sources(open_language(base), open_vision(base / "tower"), cast(Any, None))
+    tower = open_vision(base / "tower")
+    opened = Sources(open_language(base), tower, cast(Any, None), choose_images(Config(), tower.config))
 
     def refuse(name: str) -> Tensor:
         raise AssertionError(f"{name} was read from the source")

@@ -16,6 +16,7 @@ from engine.plan.meta_model import Bits, PackShape
 from models.linear import Linear
 from models.pack import Pack, Segments
 from models.vlm import VisionLanguageModel, VLMConfig
+from tests.models.drawn import drawn
 
 LENGTHS = (1, 1, 13, 10, 7)  # of segments: two modality tokens, two samples, the rest
 SHAPE = PackShape(tokens=32, supervised=24, segments=5, tiles=2, pairs=0, longest=13)
@@ -23,10 +24,7 @@ SHAPE = PackShape(tokens=32, supervised=24, segments=5, tiles=2, pairs=0, longes
 
 def real_model(config: VLMConfig, bits: Bits) -> VisionLanguageModel:
     """Random numbers, linears stored in `bits`, and gradients that are there, as the optimiser keeps them."""
-    torch.manual_seed(0)
-    model = VisionLanguageModel(config)
-    for parameter in model.parameters():
-        parameter.data.normal_(std=0.1)
+    model = drawn(VisionLanguageModel(config))
     for path, module in list(model.named_modules()):
         width = bits.vision if path.startswith("vision") else bits.head if path == "language.head" else bits.layers
         if isinstance(module, Linear) and width < 16:

@@ -18,10 +18,6 @@ from models.weights.families.registry import family_named
 LORA = ["--train.language", "lora", "--train.vision", "frozen", "--dataset.max_seq_len", "2048"]
 
 
-def found(*words: object) -> object:
-    return shapes(parse_train([str(word) for word in words])[0])
-
-
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_a_folders_name_is_a_published_shape(language: str, tmp_path: Path) -> None:
     model = shapes(parse_train(["--model.language", str(tmp_path / language), *LORA])[0])

@@ -10,24 +10,22 @@ from torch.nn import functional as F
 
 from models.adapters.mma import AdapterConfig
 from models.language.decoder import Context, Decoder, DecoderConfig, Layer
-from models.language.llama import LlamaConfig
-from models.language.phi import PhiConfig
-from models.language.phi3 import Phi3Config
-from models.language.stablelm import StableLMConfig
 from models.pack import Segments
+from tests.models.drawn import CPU, drawn
+from tests.models.shapes import DIM, language
 
-CPU = torch.device("cpu")
 SEED = torch.tensor([7])
 LENGTHS = (6, 3)
-TOKENS, DIM = sum(LENGTHS), 32
-SIZES = {"vocab_size": 20, "dim": DIM, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "ffn_dim": 24}
+TOKENS = sum(LENGTHS)
+FFN = 24
+_SIZES = {"vocab_size": 20, "num_kv_heads": 2, "ffn_dim": FFN}
 CONFIGS: dict[str, DecoderConfig] = {
-    "llama": LlamaConfig(**SIZES),
-    "llama of HF": LlamaConfig(**SIZES, rope_interleaved=False, rope_theta=5e5),
-    "phi": PhiConfig(**SIZES, rotary_dim=4, residual_dropout=0.4),
-    "phi3": Phi3Config(**SIZES, window=3),
-    "stablelm": StableLMConfig(**SIZES, rotary_dim=2),
-    "dropped": LlamaConfig(**SIZES, residual_dropout=0.4, o_bias=True, mlp_bias=True),
+    "llama": language("llama", **_SIZES),
+    "llama of HF": language("llama-3", **_SIZES),
+    "phi": language("phi", **_SIZES, residual_dropout=0.4),
+    "phi3": language("phi3", **_SIZES, window=3),
+    "stablelm": language("stablelm", **_SIZES),
+    "dropped": language("llama", **_SIZES, residual_dropout=0.4, o_bias=True, mlp_bias=True),
 }
 
 ADAPTER = AdapterConfig(scale=0.7, temperature=2.0, dropout=0.0)
@@ -35,19 +33,7 @@ ADAPTER = AdapterConfig(scale=0.7, temperature=2.0, dropout=0.0)
 
 def decoder(config: DecoderConfig) -> Decoder:
     """Random numbers, all base weights frozen."""
-    model = Decoder(config)
-    fill(model)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    return model
-
-
-def fill(model: torch.nn.Module) -> None:
-    """Random numbers: of variance 1 / in in matrices."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        drawn = torch.randn(parameter.shape, generator=generator)
-        parameter.data.copy_(drawn / parameter.shape[1] ** 0.5 if parameter.ndim == 2 else 0.5 * drawn + 0.5)
+    return drawn(Decoder(config)).requires_grad_(False)
 
 
 def pack(layers: Iterable[Layer], bits: int) -> None:

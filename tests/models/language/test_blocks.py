@@ -15,22 +15,21 @@ from kernels.dropout import keep_mask
 from models.adapters.mma import AdapterConfig, MMAdapter
 from models.language.decoder import Decoder, DecoderConfig, Layer
 from models.language.layer import DROP_PATH_SITE, RESIDUAL_SITE
-from models.language.llama import LlamaConfig
+from tests.models.drawn import drawn
 from tests.models.language.small import (
     ADAPTER,
     CONFIGS,
     CPU,
     SEED,
-    SIZES,
     TOKENS,
     context,
     decoder,
-    fill,
     pack,
     plain_stream,
     stream,
     x_of,
 )
+from tests.models.shapes import language
 
 MMA = [("llama", "attn"), ("phi", "attn"), ("phi3", "block"), ("stablelm", "block")]
 
@@ -47,7 +46,7 @@ def check_against_the_plain_expression(config: DecoderConfig, placement: str | N
     model = decoder(config)
     if placement is not None:
         model.add_adapters(ADAPTER, placement, 0)
-        fill(model)
+        drawn(model)
     weights = {n: p for n, p in model.named_parameters() if n.startswith("layers.")}
     trained = {n: p.requires_grad_() for n, p in weights.items() if placement is None or "norm." not in n}
     x, weight = x_of(), x_of(seed=2).detach()
@@ -151,7 +150,7 @@ def test_the_names_are_those_of_checkpoints() -> None:
 )  # fmt: skip
 def test_a_config_that_is_no_shape(wrong: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        LlamaConfig(**SIZES | wrong)
+        language("llama", **wrong)
 
 
 def test_both_gradients_of_phis_norm_arrive_in_its_own_backward_pass() -> None:

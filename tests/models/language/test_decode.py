@@ -13,7 +13,8 @@ from models.adapters.mma import AdapterConfig, MMAdapter
 from models.cache import KVCache
 from models.language.decoder import Context, Decoder
 from models.pack import Segments
-from tests.models.language.small import CONFIGS, CPU, LENGTHS, context, decoder, fill, stream, x_of
+from tests.models.drawn import drawn
+from tests.models.language.small import CONFIGS, CPU, LENGTHS, context, decoder, stream, x_of
 
 PREFILLED = (2, 1)  # tokens of each sequence
 LONGEST = max(LENGTHS)
@@ -47,7 +48,7 @@ def test_decoding_is_the_prefill(name: str, policy: str) -> None:
     model.add_lora(LoRAConfig(rank=2), 1 << 18)
     for module in model.modules():
         if isinstance(module, MMAdapter | LoRA):
-            fill(module)
+            drawn(module)
             for parameter in module.parameters():
                 parameter.mul_(0.3)
     for layer in model.blocks():

@@ -20,7 +20,8 @@ from models.adapters.mma import AdapterConfig, MMAdapter
 from models.adapters.names import is_adapter
 from models.language.decoder import Decoder
 from models.linear import Linear, calls, linears
-from tests.models.language.small import CONFIGS, CPU, SEED, context, decoder, fill, pack, plain_stream, stream, x_of
+from tests.models.drawn import drawn
+from tests.models.language.small import CONFIGS, CPU, SEED, context, decoder, pack, plain_stream, stream, x_of
 
 SITE = 1 << 18
 
@@ -39,7 +40,7 @@ def with_lora(name: str, *targets: str, bits: int = 16, dropout: float = 0.0) ->
     model.add_lora(LoRAConfig(rank=3, alpha=6.0, dropout=dropout, targets=targets), SITE)
     for module in model.modules():
         if isinstance(module, LoRA):
-            fill(module)
+            drawn(module)
     return model
 
 
@@ -90,7 +91,7 @@ def layers_of(*with_update: bool, bits: int = 16, ranks: tuple[int, ...] = (2, 2
     for i, (has, rank) in enumerate(zip(with_update, ranks, strict=True)):
         layer = Linear(32, 16, bias=True)
         layer.lora = LoRA(32, 16, rank, 2.0, 0.5, SITE + sum(with_update[:i])) if has else None
-        fill(layer)
+        drawn(layer)
         for parameter in (layer.weight, layer.bias):
             assert parameter is not None
             parameter.requires_grad_(False)
@@ -196,7 +197,7 @@ def test_in_a_16_bit_model(name: str, dtype: torch.dtype) -> None:
         model.add_adapters(AdapterConfig(dropout=0.0), "attn", 0)
         for module in model.modules():
             if isinstance(module, MMAdapter):
-                fill(module)
+                drawn(module)
         for label, parameter in model.named_parameters():
             kept = is_adapter(label) or (model.config.norm_bias and "norm." in label)
             parameter.data = parameter.data if kept or not narrow else parameter.data.to(dtype)

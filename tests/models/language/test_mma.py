@@ -11,12 +11,9 @@ import torch
 from engine.data.packing import collate
 from engine.data.sample import IGNORE, Sample
 from engine.generation import Sampling, generate
-from models.language.phi import PhiConfig
-from models.language.phi3 import Phi3Config
-from models.language.stablelm import StableLMConfig
 from models.vlm import VLMConfig
+from tests.models.shapes import language
 from tests.models.tiny import (
-    VOCAB,
     assert_close,
     assert_gradients_close,
     gradients,
@@ -26,11 +23,11 @@ from tests.models.tiny import (
     tiny_model,
 )
 
-SHAPE = {"vocab_size": VOCAB, "dim": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "ffn_dim": 24}
+GROUPED = {"num_kv_heads": 2}
 CONFIGS: dict[str, VLMConfig] = {
-    "phi": replace(tiny_config(), language=PhiConfig(**SHAPE, rotary_dim=4)),
-    "phi3": replace(tiny_config(language_placement="block"), language=Phi3Config(**SHAPE, window=5)),
-    "stablelm": replace(tiny_config(language_placement="block"), language=StableLMConfig(**SHAPE, rotary_dim=2)),
+    "phi": replace(tiny_config(), language=language("phi", **GROUPED)),
+    "phi3": replace(tiny_config(language_placement="block"), language=language("phi3", window=5, **GROUPED)),
+    "stablelm": replace(tiny_config(language_placement="block"), language=language("stablelm", **GROUPED)),
 }
 LAYOUT = [(9, False), (31, True), (17, False), (12, True)]
 NEW_TOKENS = 8

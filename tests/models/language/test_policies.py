@@ -15,10 +15,12 @@ from models.adapters.lora import LoRA, LoRAConfig
 from models.adapters.mma import AdapterConfig, MMAdapter
 from models.language.decoder import Decoder
 from models.recompute import POLICIES, Policy
+from tests.models.drawn import drawn
 from tests.models.kept import kept_by, rows_kept
-from tests.models.language.small import CONFIGS, SEED, SIZES, TOKENS, context, decoder, fill, pack, stream, x_of
+from tests.models.language.small import CONFIGS, FFN, SEED, TOKENS, context, decoder, pack, stream, x_of
+from tests.models.shapes import DIM
 
-D, F = SIZES["dim"], SIZES["ffn_dim"]
+D, F = DIM, FFN
 
 
 @pytest.fixture
@@ -36,7 +38,7 @@ def adapted(name: str, how: str, *targets: str, layers: int = 2) -> Decoder:
         model.add_lora(LoRAConfig(rank=2, dropout=0.3, targets=targets), 1 << 18)
     for module in model.modules():
         if isinstance(module, MMAdapter | LoRA):
-            fill(module)
+            drawn(module)
     if "full" in how:
         for parameter in model.layers.parameters():
             parameter.requires_grad_()

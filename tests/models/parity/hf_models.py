@@ -4,26 +4,44 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+
+from tests.models.drawn import drawn
 
 transformers = pytest.importorskip("transformers")
 Draw = random.Random
 
 
-def _shape(draw: Draw, *, head_dims: tuple[int, ...] = (4, 6, 8, 10, 16)) -> dict[str, int]:
+@dataclass(frozen=True)
+class Widths:
+    """What heads and MLPs may be drawn from."""
+
+    head: tuple[int, ...] = (4, 6, 8, 10, 16)
+    mlp: tuple[int, ...] = (17, 32, 45, 50)
+
+
+ANY = Widths()
+# a LayerNorm over four channels magnifies rounding so much that two correct towers differ by 1e-4 in fp32
+TOWERS_OWN = Widths(head=(8, 10, 12), mlp=(17, 32, 45))
+# bitsandbytes on a CPU unpacks wrongly where a row is no multiple of a block of 64
+WHOLE_BLOCKS = Widths(head=(64,), mlp=(64, 128, 192))
+
+
+def _shape(draw: Draw, widths: Widths) -> dict[str, int]:
     kv_heads, group = draw.choice((1, 2, 3)), draw.choice((1, 1, 2, 3))
-    head_dim = draw.choice(head_dims)
+    head_dim = draw.choice(widths.head)
     return {
         "hidden_size": kv_heads * group * head_dim, "num_attention_heads": kv_heads * group,
         "num_key_value_heads": kv_heads, "num_hidden_layers": draw.choice((1, 2, 3)),
-        "intermediate_size": draw.choice((17, 32, 45, 50)), "vocab_size": draw.randrange(21, 90),
+        "intermediate_size": draw.choice(widths.mlp), "vocab_size": draw.randrange(21, 90),
         "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
     }  # fmt: skip
 
@@ -38,41 +56,49 @@ def _part(draw: Draw, head_dim: int) -> float:
     return 2 * draw.randint(1, head_dim // 2) / head_dim
 
 
-def llama(draw: Draw) -> Any:
+def llama(draw: Draw, widths: Widths = ANY) -> Any:
     """LLaMA-1/2/3 and Vicuna, and what the class allows beyond them: biases."""
     return transformers.LlamaConfig(
-        **_shape(draw), **_rope(draw), rms_norm_eps=draw.choice((1e-5, 1e-6)), attention_bias=draw.random() < 0.3,
-        mlp_bias=draw.random() < 0.3, tie_word_embeddings=draw.random() < 0.3,
+        **_shape(draw, widths), **_rope(draw), rms_norm_eps=draw.choice((1e-5, 1e-6)),
+        attention_bias=draw.random() < 0.3, mlp_bias=draw.random() < 0.3, tie_word_embeddings=draw.random() < 0.3,
     )  # fmt: skip
 
 
-def phi(draw: Draw) -> Any:
+def phi(draw: Draw, widths: Widths = ANY) -> Any:
     """Phi-1.5 and Phi-2: dropout is off where one evaluates."""
-    shape = _shape(draw)
+    shape = _shape(draw, widths)
     factor = _part(draw, shape["hidden_size"] // shape["num_attention_heads"])
     return transformers.PhiConfig(**shape, **_rope(draw, factor), resid_pdrop=0.1)
 
 
-def phi3(draw: Draw) -> Any:
+def phi3(draw: Draw, widths: Widths = ANY) -> Any:
     """Phi-3-mini, with windows that are shorter than the sequences."""
-    return transformers.Phi3Config(**_shape(draw), **_rope(draw), sliding_window=draw.choice((None, 1, 2, 5, 9)))
+    window = draw.choice((None, 1, 2, 5, 9))
+    return transformers.Phi3Config(**_shape(draw, widths), **_rope(draw), sliding_window=window)
 
 
-def stablelm(draw: Draw) -> Any:
+def stablelm(draw: Draw, widths: Widths = ANY) -> Any:
     """StableLM-2-1.6B."""
-    shape = _shape(draw)
+    shape = _shape(draw, widths)
     factor = _part(draw, shape["hidden_size"] // shape["num_attention_heads"])
     return transformers.StableLmConfig(
         **shape, **_rope(draw, factor), use_qkv_bias=draw.random() < 0.7, tie_word_embeddings=draw.random() < 0.3
     )
 
 
-FAMILIES: dict[str, Callable[[Draw], Any]] = {"llama": llama, "phi": phi, "phi3": phi3, "stablelm": stablelm}
+FAMILIES: dict[str, Callable[..., Any]] = {"llama": llama, "phi": phi, "phi3": phi3, "stablelm": stablelm}
 
 
 def language_model(config: Any, seed: int) -> Any:
     """The model of a configuration, fp32, for evaluation."""
-    return _random(transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager"), seed)
+    return drawn(transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager"), seed).eval()
+
+
+def rounded(weight: Tensor) -> Tensor:
+    """`weight` in bitsandbytes' NF4 with quantised scales, and back."""
+    bnb = pytest.importorskip("bitsandbytes")
+    codes, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    return cast(Tensor, bnb.functional.dequantize_4bit(codes, state))
 
 
 def load_in_four_bits(kind: Any, folder: Path) -> Any:
@@ -96,29 +122,28 @@ def load_in_four_bits(kind: Any, folder: Path) -> Any:
     return model
 
 
-def _tower_shape(draw: Draw) -> dict[str, Any]:
-    # a LayerNorm over four channels magnifies rounding so much that two correct towers differ by 1e-4 in fp32
-    heads, head_dim, patch = draw.choice((1, 2, 3)), draw.choice((8, 10, 12)), draw.choice((2, 3, 4))
+def _tower_shape(draw: Draw, widths: Widths) -> dict[str, Any]:
+    heads, head_dim, patch = draw.choice((1, 2, 3)), draw.choice(widths.head), draw.choice((2, 3, 4))
     return {
         "hidden_size": heads * head_dim, "num_attention_heads": heads, "num_hidden_layers": draw.choice((2, 3, 5)),
-        "intermediate_size": draw.choice((17, 32, 45)), "patch_size": patch,
+        "intermediate_size": draw.choice(widths.mlp), "patch_size": patch,
         "image_size": patch * draw.choice((2, 3, 5)),
     }  # fmt: skip
 
 
-def clip(draw: Draw) -> Any:
+def clip(draw: Draw, widths: Widths = TOWERS_OWN) -> Any:
     """OpenAI's CLIP."""
-    return transformers.CLIPVisionConfig(**_tower_shape(draw), projection_dim=8)
+    return transformers.CLIPVisionConfig(**_tower_shape(draw, widths), projection_dim=8)
 
 
-def siglip(draw: Draw) -> Any:
+def siglip(draw: Draw, widths: Widths = TOWERS_OWN) -> Any:
     """SigLIP; its tiles need not be whole patches (384 pixels are 27 patches of 14 and 6 pixels more)."""
-    shape = _tower_shape(draw)
+    shape = _tower_shape(draw, widths)
     shape["image_size"] += draw.choice((0, shape["patch_size"] - 1))
     return transformers.SiglipVisionConfig(**shape)
 
 
-TOWERS: dict[str, Callable[[Draw], Any]] = {"clip": clip, "siglip": siglip}
+TOWERS: dict[str, Callable[..., Any]] = {"clip": clip, "siglip": siglip}
 
 
 def tower(config: Any, seed: int) -> Any:
@@ -126,23 +151,7 @@ def tower(config: Any, seed: int) -> Any:
     kind = transformers.CLIPVisionModel if config.model_type == "clip_vision_model" else transformers.SiglipVisionModel
     model = kind(config)
     model.set_attn_implementation("eager")
-    return _random(model, seed)
-
-
-def _random(model: Any, seed: int) -> Any:
-    """Every tensor drawn anew: norms around one, biases that count, matrices that keep the size of their input."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in sorted(model.named_parameters()):
-        noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.ndim > 1:
-            is_table = "position_embedding" in name  # not a token's, which may be the head's too
-            noise *= 1.0 if is_table else parameter[0].numel() ** -0.5
-        elif "norm" in name and name.endswith("weight"):
-            noise = 1 + 0.2 * noise
-        else:
-            noise *= 0.5
-        parameter.data.copy_(noise)
-    return model.eval()
+    return drawn(model, seed).eval()
 
 
 def save(model: nn.Module, folder: Path, **options: Any) -> Path:

@@ -27,9 +27,9 @@ class Shape:
         return self.heads * self.head_dim
 
 
-def random_shape(draw: random.Random) -> Shape:
+def random_shape(draw: random.Random, mlps: tuple[int, ...] = (21, 34, 50)) -> Shape:
     return Shape(
-        heads=draw.choice((1, 2)), layers=draw.choice((2, 3, 4)), mlp=draw.choice((21, 34, 50)),
+        heads=draw.choice((1, 2)), layers=draw.choice((2, 3, 4)), mlp=draw.choice(mlps),
         patch=draw.choice((2, 3)), grid=draw.choice((2, 3, 5)),
     )  # fmt: skip
 

@@ -35,6 +35,20 @@ def test_layers_count_as_hidden_states(layer: int, run: int) -> None:
     assert (config.layers_run, config.taps) == (run, [run])
 
 
+def test_a_family_says_what_its_blocks_are_made_of_and_what_it_was_trained_on() -> None:
+    """Nothing is taken from another family where one says nothing."""
+
+    class Silent(TowerConfig):
+        family = "silent"
+
+    shape = {"width": 8, "num_layers": 2, "num_heads": 2, "patch_size": 4, "image_size": 8, "mlp_dim": 8}
+    with pytest.raises(TypeError, match="parts"):
+        Silent(**shape, norm_eps=1e-5)  # type: ignore[abstract, arg-type]
+    half: Any = type("Half", (Silent,), {"parts": lambda self: None})
+    with pytest.raises(AttributeError, match="trained_on"):
+        assert half(**shape, norm_eps=1e-5).preprocessing
+
+
 def test_class_tokens_come_from_six_blocks() -> None:
     assert CLIP_L_14_224.taps == [4, 8, 12, 16, 20, 24]
     assert config_of("eva", num_layers=7, select_feature="class_tokens", select_layer=99).taps == [1, 2, 3, 4, 5, 7]

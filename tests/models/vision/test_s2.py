@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -13,24 +12,19 @@ from torch.nn import functional as F
 from models.adapters.mma import AdapterConfig
 from models.language.phi3 import PHI3_MINI
 from models.projector import ProjectorConfig, make_projector
-from models.vision.clip import ClipConfig
-from models.vision.eva import EvaConfig
-from models.vision.siglip import SIGLIP_SO400M_384, SiglipConfig
+from models.vision.siglip import SIGLIP_SO400M_384
 from models.vision.tower import Tower, TowerConfig, make_tower
 from models.vlm import VLMConfig
+from tests.models import shapes
+from tests.models.drawn import drawn
+from tests.models.shapes import WIDTH
 
-SIDE, WIDTH = 10, 24  # pixels of the tower: 3 patches of 3 a side, and a pixel that none sees
-SHAPE: dict[str, Any] = {
-    "width": WIDTH, "num_layers": 3, "num_heads": 3, "patch_size": 3, "image_size": SIDE, "mlp_dim": 40,
-}  # fmt: skip
+SIDE = 10  # pixels of the tower: 3 patches of 3 a side, and a pixel that none sees
+SHAPE = {"patch_size": 3, "image_size": SIDE}
 
 
 def tower(scales: tuple[int, ...]) -> Tower:
-    torch.manual_seed(0)
-    made = make_tower(SiglipConfig(**SHAPE, scales=scales))
-    for parameter in made.parameters():
-        torch.nn.init.normal_(parameter, 0.0, 0.2)
-    return made.double()
+    return drawn(make_tower(shapes.tower("siglip", **SHAPE, scales=scales))).double()
 
 
 def plain(one_size: Tower, pictures: Tensor, scales: tuple[int, ...]) -> Tensor:
@@ -95,11 +89,11 @@ def test_published_numbers() -> None:
 @pytest.mark.parametrize(
     ("config", "scales", "message"),
     [
-        (ClipConfig(**SHAPE | {"num_layers": 6}), (10, 20), "S2's scales with a clip tower"),
-        (EvaConfig(**SHAPE), (10, 20), "S2's scales with a eva tower"),
-        (SiglipConfig(**SHAPE), (10, 15), "rising multiples of 10"),
-        (SiglipConfig(**SHAPE), (20, 30), "that itself the first"),
-        (SiglipConfig(**SHAPE), (10, 30, 20), "rising multiples of 10"),
+        (shapes.tower("clip", **SHAPE), (10, 20), "S2's scales with a clip tower"),
+        (shapes.tower("eva", **SHAPE), (10, 20), "S2's scales with a eva tower"),
+        (shapes.tower("siglip", **SHAPE), (10, 15), "rising multiples of 10"),
+        (shapes.tower("siglip", **SHAPE), (20, 30), "that itself the first"),
+        (shapes.tower("siglip", **SHAPE), (10, 30, 20), "rising multiples of 10"),
     ],
 )
 def test_scales_that_cannot_be(config: TowerConfig, scales: tuple[int, ...], message: str) -> None:

@@ -4,21 +4,25 @@ EVA02-CLIP's and transformers' own are in tests/models/parity."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
 from kernels.dispatch import set_backend
+from kernels.linear_nf4 import linear_nf4, linears_nf4
+from kernels.lora_linear import lora_linears
+from kernels.nf4 import NF4Tensor
 from kernels.rope import rope_table_2d
+from models import linear
 from models.adapters.lora import LoRA, LoRAConfig
 from models.adapters.mma import MMAdapter, PlainAdapter
-from models.placement import fill
 from models.recompute import POLICIES, Policy
 from models.vision.tower import Context, Tower, make_tower
+from tests.models.drawn import filled, frozen_tensors
 from tests.models.kept import kept_by, rows_kept
 from tests.models.vision.towers import FAMILIES, TILES, config_of, gradients, plain_states, tiles_of, tower_of
 
@@ -202,9 +206,7 @@ def test_in_few_bits_and_in_16_bit_numbers(family: str, bits: int) -> None:
     source = tower_of(config_of(family))
     with torch.device("meta"):
         tower = make_tower(source.config)
-    stream = ((name, parameter.data) for name, parameter in source.named_parameters())
-    fill(tower, stream, bits=lambda name: bits, device=CPU, dtype=torch.bfloat16, source="test")
-    tower.requires_grad_(False)
+    filled(tower, frozen_tensors(source), lambda name: bits, torch.bfloat16).requires_grad_(False)
     assert tower.position_embedding.dtype == torch.float32
     tower.add_lora(LORA, 1 << 19)
     for module in tower.modules():
@@ -217,6 +219,30 @@ def test_in_few_bits_and_in_16_bit_numbers(family: str, bits: int) -> None:
     assert error < {4: 0.2, 8: 0.04, 16: 0.02}[bits]
     assert all(gradient.isfinite().all() for gradient in gradients(tower, features).values())
     assert any(gradient.any() for gradient in gradients(tower, tower(tiles, None, SEED)).values())
+
+
+@pytest.mark.parametrize("trained", ["router", "lora", "lora on two"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_groups_are_the_linears_that_are_computed_together(
+    family: str, trained: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tower = tower_of(config_of(family, select_layer=1), **TRAINED[trained])
+    filled(tower, list(frozen_tensors(tower)), lambda name: 4)
+    together: list[list[int]] = []
+
+    def noted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def op(x: Tensor, weights: Any, *rest: Any, **options: Any) -> Any:
+            places = [weight.codes.data_ptr() for weight in ([weights] if real is linear_nf4 else weights)]
+            together.append(places)
+            return real(x, weights, *rest, **options)
+
+        return op
+
+    for op in (linear_nf4, linears_nf4, lora_linears):
+        monkeypatch.setattr(linear, op.__name__, noted(op))
+    tower(tiles_of(tower.config), None, None)
+    groups = [[cast(NF4Tensor, member.frozen_weight()) for member in group] for group in tower.blocks()[0].groups()]
+    assert together == [[weight.codes.data_ptr() for weight in group] for group in groups]
 
 
 @pytest.mark.usefixtures("triton_backend")

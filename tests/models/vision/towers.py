@@ -11,26 +11,18 @@ from torch import Tensor
 from models.adapters.lora import LoRAConfig
 from models.adapters.mma import AdapterConfig
 from models.recompute import Policy
-from models.vision.clip import ClipConfig
-from models.vision.eva import EvaConfig
-from models.vision.siglip import SiglipConfig
 from models.vision.tower import Tower, TowerConfig, make_tower
+from tests.models import shapes
+from tests.models.drawn import drawn
 
 FAMILIES = ("clip", "eva", "siglip")
-CONFIGS: dict[str, type[ClipConfig] | type[EvaConfig] | type[SiglipConfig]] = {
-    "clip": ClipConfig, "eva": EvaConfig, "siglip": SiglipConfig
-}  # fmt: skip
 TILES = 3
 ADAPTER = AdapterConfig(dim=8, scale=0.7, temperature=2.0, dropout=0.3)
 
 
 def config_of(family: str, **options: Any) -> TowerConfig:
     """3 x 3 patches of 4 pixels, of a tile whose 13th row and column fill none; an MLP of odd width."""
-    shape: dict[str, Any] = {
-        "width": 24, "num_layers": 4, "num_heads": 3, "patch_size": 4, "image_size": 13, "mlp_dim": 37,
-        "norm_eps": 1e-5, "select_feature": "patch",
-    }  # fmt: skip
-    return CONFIGS[family](**(shape | options))
+    return shapes.tower(family, **{"num_layers": 4, "image_size": 13, "mlp_dim": 37, "norm_eps": 1e-5} | options)
 
 
 def tower_of(
@@ -43,16 +35,7 @@ def tower_of(
         tower.add_adapters(ADAPTER, placement, 1 << 12, legacy_normal=False)
     if lora is not None:
         tower.add_lora(lora, 1 << 19)
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in sorted(tower.named_parameters()):
-        noise = torch.randn(parameter.shape, generator=generator)
-        if "norm.weight" in name:
-            noise = 1 + 0.2 * noise
-        elif name.endswith(("bias", "embedding")):
-            noise *= 0.5
-        else:
-            noise *= (4.0 if ".router." in name else 1.0) / parameter[0].numel() ** 0.5
-        parameter.data.copy_(noise)
+    for name, parameter in drawn(tower, seed).named_parameters():
         parameter.requires_grad_((placement is None or "_adapter." in name) and (lora is None or ".lora." in name))
     for block in tower.blocks():
         block.policy = policy

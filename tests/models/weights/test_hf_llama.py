@@ -12,7 +12,7 @@ from torch import Tensor
 from models.language.llama import LlamaConfig
 from models.weights.errors import WeightsError
 from models.weights.language import open_language
-from models.weights.rope_order import to_half_split, to_interleaved
+from models.weights.rope_order import is_rotated, to_half_split, to_interleaved
 
 transformers = pytest.importorskip("transformers")
 
@@ -231,3 +231,11 @@ def test_settings_without_weights(tmp_path: Path, language: Tensors, write_hf: W
         path.unlink()
     with pytest.raises(WeightsError, match="no index of shards"):
         open_language(tmp_path)
+
+
+def test_the_tensors_whose_rows_change_places() -> None:
+    """Those with a row for each channel of q or k: weights, biases and the B of a LoRA, not its A."""
+    for leaf in ("weight", "bias", "lora.b"):
+        assert is_rotated(f"layers.11.attention.q.{leaf}") and is_rotated(f"layers.0.attention.k.{leaf}")
+        assert not is_rotated(f"layers.0.attention.v.{leaf}") and not is_rotated(f"layers.0.attention.qk.{leaf}")
+    assert not is_rotated("layers.0.attention.q.lora.a") and not is_rotated("embed.weight")

@@ -15,13 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from engine.errors import as_nibble_error
 from models.adapters.lora import LoRAConfig
 from models.language.config import DecoderConfig
 from models.language.llama import LlamaConfig
 from models.vision.clip import ClipConfig
 from models.weights.errors import WeightsError
 from models.weights.families.registry import family_of
-from models.weights.lora_files import peft_names, read_peft, read_peft_tower, write_peft
+from models.weights.lora_files import TowerLoRAError, peft_names, read_peft, read_peft_tower, write_peft
 from models.weights.settings import Settings
 
 transformers = pytest.importorskip("transformers")
@@ -276,6 +277,9 @@ def test_a_lora_that_fell_on_the_tower_says_so(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     with pytest.raises(WeightsError, match=r"changes the vision tower: 8 tensors of its LoRA.*\(pull request 1347\)"):
         read_peft(tmp_path, config)
+    with pytest.raises(TowerLoRAError) as caught:
+        read_peft(tmp_path, config)
+    assert "or give --train.vision lora" in str(as_nibble_error(caught.value))  # the commands' word, said by them
     tensors, _ = read_peft(tmp_path, config, with_tower=True)
     assert same(tensors, expected(model.model.model.language_model))
     wanted = expected(model.model.model.vision_tower)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from engine.config import Config
+from engine.tower_choice import named_tower
 from models.weights.errors import WeightsError
 from models.weights.settings import Settings
 from models.weights.vlm_settings import VLMSettings, is_vlm, vlm_settings
@@ -81,6 +83,22 @@ def test_transformers_counts_height_before_width() -> None:
     assert read(HUGGING_FACE | {"tokenizer_model_max_length": 6144, "mm_vision_tower": NEXT.tower}) == NEXT
 
 
+@pytest.mark.parametrize("model_type", ["imp", "imp_phi3"])
+def test_imp_means_the_siglip_of_its_time(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name stays as it was typed, for what is written; what is opened has the revision."""
+    monkeypatch.chdir(tmp_path)
+    siglip = "google/siglip-so400m-patch14-384"
+    values = {"model_type": model_type, "mm_vision_tower": siglip}
+    found = read(values)
+    assert (found.tower, found.tower_source) == (siglip, f"{siglip}@imp")
+    assert named_tower(Config(), found, None)[0] == Path(f"{siglip}@imp")
+    for other in ({"model_type": "bunny-phi"}, {"mm_vision_tower": NEXT.tower}, {"mm_vision_tower": "siglip"}):
+        again = read(values | other)
+        assert again.tower_source == again.tower
+    (tmp_path / siglip).mkdir(parents=True)
+    assert found.tower_source == siglip  # a folder is what it is
+
+
 def test_transformers_llava() -> None:
     values = HUGGING_FACE | {"model_type": "llava", "image_aspect_ratio": "pad", "vision_feature_layer": -1}
     assert read(values) == VLMSettings(
@@ -114,6 +132,8 @@ def test_full_has_the_class_token_where_the_tower_has_one(tower: str, strategy: 
         (HUGGING_FACE | {"projector_hidden_act": "relu"}, "projector_hidden_act 'relu'"),
         (HUGGING_FACE | {"multimodal_projector_bias": False}, "multimodal_projector_bias False"),
         (HUGGING_FACE | {"vision_config": {"model_type": "siglip_vision_model"}}, "drops the first patch"),
+        (HUGGING_FACE | {"vision_config": {"model_type": "siglip2_vision_model"}}, "'siglip2_vision_model'; supported"),
+        (HUGGING_FACE | {"vision_config": {"model_type": "pixtral"}}, "'pixtral'; supported are clip, clip_vision"),
     ],
 )
 def test_what_is_not_computed_is_refused_by_key(values: dict[str, object], message: str) -> None:

@@ -69,7 +69,7 @@ def test_a_lora_is_no_model_to_average(tmp_path: Path) -> None:
     for path, says in ((lora, "holds no whole model"), (tmp_path / "nowhere", "is not there")):
         with pytest.raises(WeightsError, match=says) as caught:
             average([path, folder(tmp_path / says, tensors(1))], [0.5, 0.5])
-        assert "--to merged" in str(caught.value)
+        assert "merge a LoRA into its base first" in str(caught.value)
 
 
 def test_integers_must_be_the_same(tmp_path: Path) -> None:

@@ -54,8 +54,8 @@ def test_a_lora_of_another_model_lists_all_that_is_wrong() -> None:
         "layers.0.mlp.down.lora.a": torch.zeros(3, 8)
     }  # fmt: skip
     with pytest.raises(WeightsError) as caught:
-        merge_lora(tensor_entries(weights(torch.float32)), adapter, CONFIG, "runs/x")
+        merge_lora(tensor_entries(weights(torch.float32)), adapter, CONFIG, "runs/x", do="name its base")
     assert caught.value.missing == ["layers.0.mlp.down.lora.b"]
-    assert caught.value.extra == ["layers.7.mlp.up"]
+    assert caught.value.extra == ["layers.7.mlp.up.lora.a"]
     assert caught.value.mismatched == ["layers.0.mlp.up.lora.b: got 5x3, expected 6x3"]
-    assert "--base" in str(caught.value)
+    assert caught.value.file == "runs/x" and caught.value.do == "name its base"

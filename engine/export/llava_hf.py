@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from engine.data.tokenizer import open_tokenizer
+from engine.export.assemble import vlm_parts
 from engine.export.chat_templates import LAVIN, jinja, template_name
 from engine.export.config import ExportConfig
+from engine.export.dtypes import export_dtype
 from engine.export.folder import write_json
 from engine.export.formats import GENERATION, Plan, generation_of, write_model
 from engine.export.origin import Origin
-from engine.export.parts import export_dtype, size_of, vlm_parts
 from engine.export.tokenizer_files import (
     PAD,
     add_tokens,
@@ -21,22 +22,24 @@ from engine.export.tokenizer_files import (
     puts_space_before,
     tokenizer_folder,
 )  # fmt: skip
+from models.weights.write.entries import size_of
 from models.weights.write.generation import LLAMA3_END_OF_TURN
-from models.weights.write.llava_hf import hf_entries, hf_settings, require_expressible, vocabulary_rows
-from models.weights.write.parts import VLMParts
+from models.weights.write.language import guesses
+from models.weights.write.llava_hf import hf_entries, hf_settings, require_expressible
 from models.weights.write.processor import IMAGE_TOKEN, preprocessor_settings, processor_class, processor_settings
-from models.weights.write.vocabulary import free_token
+from models.weights.write.vlm import VLMParts
+from models.weights.write.vocabulary import free_token, padded_vocabulary
 
 
-def plan_served(origin: Origin, config: ExportConfig) -> Plan:
+def plan_llava_hf(origin: Origin, config: ExportConfig) -> Plan:
     """transformers' LlavaForConditionalGeneration, or LlavaNext's where tiles of anyres are put together."""
     parts = vlm_parts(origin, export_dtype(origin, config.dtype))
     require_expressible(parts)
     tokens = new_tokens(tokenizer_folder(origin.folders), parts)
     image = tokens[IMAGE_TOKEN]
-    rows = vocabulary_rows(parts.language.config, image)
+    rows = padded_vocabulary(parts.language.config.vocab_size, image)
     entries = hf_entries(parts, rows)
-    template = _template(origin, parts, config)
+    template, notes = _template(origin, parts, config)
     generation = generation_of(origin, parts.language, _ends_with(origin, template))
 
     def write(folder: Path) -> None:
@@ -48,7 +51,7 @@ def plan_served(origin: Origin, config: ExportConfig) -> Plan:
         copy_tokenizer(origin.folders, folder)
         _write_tokenizer(folder, tokens, template, processor_class(parts))
 
-    return Plan(size_of(entries), write)
+    return Plan(size_of(entries), write, [*guesses(parts.language.config, parts.language.said), *notes])
 
 
 def new_tokens(folder: Path, parts: VLMParts) -> dict[str, int]:
@@ -63,11 +66,16 @@ def new_tokens(folder: Path, parts: VLMParts) -> dict[str, int]:
     return dict(zip([*names, IMAGE_TOKEN], range(first, image + 1), strict=True))
 
 
-def _template(origin: Origin, parts: VLMParts, config: ExportConfig) -> str:
-    """The name of a conversation; empty for none."""
+def _template(origin: Origin, parts: VLMParts, config: ExportConfig) -> tuple[str, list[str]]:
+    """-> (the name of a conversation, empty for none; a note where it was chosen by the model's numbers)"""
     if config.template != "auto":
-        return "" if config.template == "none" else config.template
-    return origin.template or template_name(parts.language.config, parts.tower.config.family, config.project)
+        return "" if config.template == "none" else config.template, []
+    if origin.template:
+        return origin.template, []
+    language, tower = parts.language.config, parts.tower.config.family
+    name = template_name(language, tower, config.project)
+    by = f"{language.family} with rope_theta {language.rope_theta:g} and a tower of {tower}"
+    return name, [f"the chat template is {name}, chosen for {by}: no file says it; --template names another"]
 
 
 def _ends_with(origin: Origin, template: str) -> int | None:

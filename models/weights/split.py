@@ -97,7 +97,7 @@ def split(tensors: Tensors) -> Parts:
     return Parts(**{role: PartView(tensors, names[role], sorted(prefixes[role])) for role in names})
 
 
-def language_settings(settings: Settings) -> Settings:
+def text_settings(settings: Settings) -> Settings:
     """The part of a config.json that describes the language model: transformers nests it and leaves out what it has by
     default, a LLaMA of 7B; the others do not."""
     nested = settings.inner("text_config")

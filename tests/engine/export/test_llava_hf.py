@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from engine.export.served import new_tokens, plan_served
+from engine.export.llava_hf import new_tokens, plan_llava_hf
 from models.weights.checkpoint import open_checkpoint
 from models.weights.write.llava import FormatError
 from tests.engine.export import made_up
@@ -44,7 +44,7 @@ def served(folder: Path, family: str, tower: str, template: str = "auto", **sett
     origin = origin_of(language, tower_path, settings_of(tower_path, **settings))
     output = folder / "out"
     output.mkdir()
-    plan_served(origin, export_config(output, template=template)).write(output)
+    plan_llava_hf(origin, export_config(output, template=template)).write(output)
     return origin, output
 
 
@@ -236,4 +236,4 @@ def test_what_transformers_cannot_compute_is_an_error(
 def test_a_bias_of_the_head_has_no_place(tmp_path: Path) -> None:
     language, tower = language_folder(tmp_path / "l", "phi", head_bias=True), tower_folder(tmp_path / "t", "clip")
     with pytest.raises(FormatError, match="no bias in the head"):
-        plan_served(origin_of(language, tower, settings_of(tower)), export_config(tmp_path / "out"))
+        plan_llava_hf(origin_of(language, tower, settings_of(tower)), export_config(tmp_path / "out"))
