@@ -11,6 +11,7 @@ with ids behind its own.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from typing import Any
 from engine.data.special_tokens import read_special_tokens
 from engine.data.tokenizer import NO_TOKEN, Tokenizer, read_bytes, two_ids
 from engine.errors import DataError, EnvironmentProblem
+
+logger = logging.getLogger("nibble")
 
 # Protocol buffers that are joined are merged: this one says normalizer_spec.add_dummy_prefix = false, and no more.
 _NO_SPACE_BEFORE = b"\x1a\x02\x18\x00"
@@ -133,6 +136,12 @@ class SentencePieces(Tokenizer):
                 why="ids would name other words than the model learnt",
                 do="give the model's own file with --model.tokenizer",
             )
+        spare = model_vocab - self._rows
+        if spare > 0:
+            logger.warning(
+                "%d of the language model's %d embeddings belong to no token of %s: filling, or it is another model's",
+                spare, model_vocab, self.path,
+            )  # fmt: skip
 
 
 class _NamedTokens:

@@ -196,9 +196,9 @@ def test_a_tokenizer_that_is_none(world: World, type_: Type, tmp_path: Path) -> 
 
 
 def test_a_tokenizer_of_another_model(world: World, type_: Type, tmp_path: Path) -> None:
-    make_tokenizer(tmp_path / "tokenizer.model", vocabulary=300)
+    make_tokenizer(tmp_path / "tokenizer.model", vocabulary=340)
     typed = type_(*world.scienceqa, "--model.tokenizer", tmp_path / "tokenizer.model")
-    typed.failed(3, "wrong tokenizer: it has 300 pieces, the language model 330 embeddings")
+    typed.failed(3, "wrong tokenizer: it has 340 pieces, the language model 330 embeddings")
 
 
 @pytest.mark.parametrize("flag", ["--model.tokenizer", "--model.language", "--model.vision", "--adapter.init"])

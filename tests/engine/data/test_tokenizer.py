@@ -120,7 +120,9 @@ def test_tiktokens_file_is_named(tmp_path: Path) -> None:
     assert "tokenizer.json" in caught.value.do
 
 
-def test_tokens_added_to_a_sentencepiece_model(tokenizer_path: Path, tmp_path: Path) -> None:
+def test_tokens_added_to_a_sentencepiece_model(
+    tokenizer_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """As our own export of transformers' LLaVA leaves them: <pad> by the list, <image> by its description too."""
     (tmp_path / "tokenizer.model").write_bytes(tokenizer_path.read_bytes())
     (tmp_path / "added_tokens.json").write_text('{"<pad>": 400, "<image>": 401, "word": 402}')
@@ -135,7 +137,10 @@ def test_tokens_added_to_a_sentencepiece_model(tokenizer_path: Path, tmp_path: P
     assert 401 not in tokenizer.encode("Maps<image>") and tokenizer.encode("Mapsword")[-1] == 402
     assert tokenizer.decode([400, *maps, 401, 402]) == "Mapsword"
     for rows in (400, 403, 448, 512):
+        caplog.clear()
         tokenizer.require_vocab(rows)
+        warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert [message.split(" of ")[0] for message in warned] == ([str(rows - 403)] if rows > 403 else [])
     for rows in (399, 403 + 1024):
         with pytest.raises(DataError, match=f"wrong tokenizer: it has 403 pieces, the language model {rows} embed"):
             tokenizer.require_vocab(rows)
